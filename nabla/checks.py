@@ -1,0 +1,133 @@
+"""The checks of the public functions: each message names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nabla.grid import TokenGrid, Window
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def as_grid(grid: TokenGrid | Sequence[int] | None, num_tokens: int) -> TokenGrid:
+    """The grid, given as one, as (frames, height, width), or as None for a plain sequence."""
+    if grid is None:
+        return TokenGrid.sequence(num_tokens)
+    if isinstance(grid, TokenGrid):
+        return grid
+    if isinstance(grid, Sequence) and len(grid) == 3:
+        return TokenGrid(*grid)
+    raise ValueError(f"grid={grid!r} is neither a TokenGrid nor (frames, height, width) in tokens")
+
+
+def check_window(window: Sequence[int] | None) -> Window | None:
+    """The window as a tuple; its extents must be odd, in blocks."""
+    if window is None:
+        return None
+    if len(window) != 3 or any(extent < 1 or extent % 2 == 0 for extent in window):
+        raise ValueError(
+            f"window={tuple(window)} is not three odd extents (frames, height, width) in blocks: "
+            "a window reaches equally far to both sides, as in (11, 3, 3)"
+        )
+    return tuple(window)
+
+
+def check_top_p(
+    top_p: float | Sequence[float] | Tensor, num_heads: int, device: torch.device
+) -> Tensor:
+    """top_p as a tensor [H] on the device; a tensor is not inspected, as that would synchronise."""
+    if isinstance(top_p, Tensor):
+        if top_p.shape not in ((), (num_heads,)):
+            raise ValueError(
+                f"top_p has shape {list(top_p.shape)}: give one value, or one for each of "
+                f"{num_heads} heads"
+            )
+        return top_p.to(device, torch.float32, non_blocking=True).expand(num_heads)
+    if isinstance(top_p, Sequence):
+        if len(top_p) != num_heads:
+            raise ValueError(
+                f"top_p has {len(top_p)} values: give one for each of {num_heads} heads"
+            )
+        for value in top_p:
+            _check_probability(value)
+        return torch.tensor(top_p, dtype=torch.float32, device=device)
+    _check_probability(top_p)
+    return torch.full((num_heads,), top_p, dtype=torch.float32, device=device)
+
+
+def _check_probability(top_p: float) -> None:
+    if math.isnan(top_p) or not 0 < top_p <= 1:
+        remedy = "give the attention mass to keep, in (0, 1]"
+        if 1 < top_p <= 100:
+            remedy = f"it looks like a percentage; {remedy}, here {top_p / 100:g}"
+        raise ValueError(f"top_p={top_p} is not in (0, 1]: {remedy}")
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """A 4-D tensor [B, H, S, D] with something in it, of a dtype that some backend takes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}: give a tensor [B, H, S, D]")
+    if x.dim() != 4:
+        raise ValueError(f"{name} has shape {list(x.shape)}: give a tensor [B, H, S, D]")
+    if min(x.shape) == 0:
+        raise ValueError(
+            f"{name} has shape {list(x.shape)}, which is empty: there is nothing to attend to"
+        )
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {x.dtype}: supported are {', '.join(map(str, DTYPES))}")
+
+
+def check_tensors(**named: Tensor) -> None:
+    """Queries, keys (and values), in this order, that go together."""
+    (q_name, q), (k_name, k), *values = named.items()
+    for name, x in named.items():
+        check_tensor(name, x)
+        for quantity, ours, theirs in (
+            ("device", x.device, q.device),
+            ("dtype", x.dtype, q.dtype),
+            ("batch size", x.shape[0], q.shape[0]),
+            ("head_dim", x.shape[3], q.shape[3]),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"{name} has {quantity} {ours} and {q_name} has {theirs}: they must be the same"
+                )
+    for name, v in values:
+        if v.shape != k.shape:
+            raise ValueError(
+                f"{name} has shape {list(v.shape)} and {k_name} has {list(k.shape)}: they must be "
+                "the same"
+            )
+    if q.shape[1] % k.shape[1] != 0:
+        raise ValueError(
+            f"{q_name} has {q.shape[1]} heads and {k_name} has {k.shape[1]}: "
+            f"the heads of {k_name} must divide those of {q_name}"
+        )
+
+
+def check_keys(name: str, k: Tensor, grid: TokenGrid) -> None:
+    """Keys of the whole grid."""
+    if k.shape[2] != grid.num_tokens:
+        raise ValueError(
+            f"{name} has {k.shape[2]} tokens, but {grid} has {grid.num_tokens}: "
+            "give the grid of these tokens as grid=(frames, height, width), or a TokenGrid with "
+            "extra tokens"
+        )
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast, as F.scaled_dot_product_attention casts them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def with_contiguous_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied where D is not contiguous; any other strides are taken as they are."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)

@@ -1,0 +1,144 @@
+"""Which backend runs: a pure function of device, head_dim, dtype and block size.
+
+A backend is a package with one module per stage (scores, block_mask, block_attention); every
+backend has the same functions. "auto" takes the first one below that fits; a backend that is named
+is used or refused, never replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from nabla.grid import BLOCK_SIZES
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can run on this machine, and if not, why."""
+
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend can compute; `unavailable` says why it is not there, or None."""
+
+    name: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: Sequence[int]
+    block_sizes: tuple[int, ...]
+    unavailable: Callable[[], str | None]
+
+    def refusal(
+        self, device: str, head_dim: int | None, dtype: torch.dtype, block_size: int
+    ) -> str | None:
+        """Return why the backend does not take such input, with what it takes instead, or None."""
+        if device not in self.devices:
+            return f"the tensors are on {device}, it takes {', '.join(self.devices)}"
+        if dtype not in self.dtypes:
+            return f"the dtype is {dtype}, it takes {', '.join(map(str, self.dtypes))}"
+        if head_dim is not None and head_dim not in self.head_dims:
+            return f"head_dim is {head_dim}, it takes {_describe(self.head_dims)}"
+        if block_size not in self.block_sizes:
+            return (
+                f"blocks have {block_size} tokens, it takes {', '.join(map(str, self.block_sizes))}"
+            )
+        return self.unavailable()
+
+
+def _never() -> None:
+    return None
+
+
+def _not_in_this_version(kernels: str) -> Callable[[], str]:
+    return lambda: f"this version of nabla has no {kernels} kernels"
+
+
+BACKENDS = (
+    Backend("cuda", ("cuda",), HALF_DTYPES, (64, 128), (64,), _not_in_this_version("CUDA")),
+    Backend(
+        "triton",
+        ("cuda",),
+        (*HALF_DTYPES, torch.float32),
+        range(16, 257, 16),
+        BLOCK_SIZES,
+        _not_in_this_version("Triton"),
+    ),
+    Backend(
+        "reference",
+        ("cpu", "cuda"),
+        (*HALF_DTYPES, torch.float32, torch.float64),
+        range(1, 2**31),
+        BLOCK_SIZES,
+        _never,
+    ),
+)
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Tell which backends this machine has and, of each missing one, why.
+
+    Returns:
+        The status (available, reason) of every backend by name, the preferred first.
+    """
+    reasons = {backend.name: backend.unavailable() for backend in BACKENDS}
+    return {name: BackendStatus(why is None, why or "available") for name, why in reasons.items()}
+
+
+def resolve(
+    backend: str, *, device: str, head_dim: int | None, dtype: torch.dtype, block_size: int
+) -> str:
+    """Return the name of the backend that runs.
+
+    Args:
+        backend: "auto" or the name of a backend.
+        device: The type of the tensors' device.
+        head_dim: Channels of a head; None where the stage has none.
+        dtype: Of the tensors.
+        block_size: Tokens in a whole block.
+
+    Raises:
+        ValueError: If the backend, or for "auto" every backend, cannot run this; says why, of each.
+    """
+    if backend != "auto" and backend not in (known := [b.name for b in BACKENDS]):
+        raise ValueError(
+            f"backend={backend!r} is unknown: give 'auto' or one of {', '.join(known)}"
+        )
+    refusals = []
+    for candidate in BACKENDS:
+        if backend in ("auto", candidate.name):
+            refusal = candidate.refusal(device, head_dim, dtype, block_size)
+            if refusal is None:
+                return candidate.name
+            refusals.append(f"{candidate.name}: {refusal}")
+    available = [name for name, status in backends().items() if status.available]
+    raise ValueError(
+        f"backend={backend!r} cannot run this ({'; '.join(refusals)}). "
+        f"Available on this machine: {', '.join(available)}; backend='auto' chooses among them"
+    )
+
+
+def implementation(
+    stage: str, backend: str, x: torch.Tensor, head_dim: int | None, block_size: int
+) -> ModuleType:
+    """Return the module that computes a stage for tensors like x."""
+    name = resolve(
+        backend, device=x.device.type, head_dim=head_dim, dtype=x.dtype, block_size=block_size
+    )
+    return importlib.import_module(f"nabla.{name}.{stage}")
+
+
+def _describe(head_dims: Sequence[int]) -> str:
+    if isinstance(head_dims, range):
+        step = f" in steps of {head_dims.step}" if head_dims.step > 1 else ""
+        return f"{head_dims.start} to {head_dims[-1]}{step}"
+    return ", ".join(map(str, head_dims))

@@ -1,0 +1,1 @@
+"""The oracle: plain PyTorch, on any device, in any precision; slow and obviously right."""
