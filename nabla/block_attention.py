@@ -55,8 +55,7 @@ def block_sparse_attention(
         ValueError: If the tensors do not match each other or the mask.
     """
     check_tensors(q=q, k=k, v=v)
-    check_keys("k", k, mask.grid)
-    _check_mask(mask, q)
+    _check_mask(mask, q, k)
     q, k, v = with_contiguous_channels(*cast_for_autocast(q, k, v))
     bits = mask.bits
     if bits.shape[:2] != q.shape[:2]:
@@ -68,11 +67,12 @@ def block_sparse_attention(
     return AttentionOutput(out, lse) if return_lse else out
 
 
-def _check_mask(mask: BlockMask, q: Tensor) -> None:
+def _check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
     if not isinstance(mask, BlockMask):
         raise TypeError(
             f"mask is a {type(mask).__name__}: give a BlockMask, as create_block_mask makes"
         )
+    check_keys("k", k, mask.grid)
     batch, heads, rows, columns = mask.shape
     if mask.bits.dtype != torch.int32 or mask.bits.shape[3] != -(-columns // 32):
         raise ValueError(

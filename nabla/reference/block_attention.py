@@ -1,6 +1,6 @@
 """Softmax attention over the kept blocks, one query block at a time.
 
-    s = scale * q k^T over the tokens of the kept blocks;  lse = logsumexp(s);  out = exp(s - lse) v
+    s = scale * q k^T over the tokens of the kept blocks;  out = softmax(s) v;  lse = logsumexp(s)
 
 Keys and values that a row does not keep are zeroed before any product, so that a NaN in them stays
 there. The forward is differentiable PyTorch; attention_bwd is the formula.
@@ -30,10 +30,8 @@ def attention_fwd(
     for rows, keep in _query_blocks(q, bits, grid, q_block_offset):
         query = q[:, :, rows].to(key.dtype)
         scores = _scores(query, key, keep, scale)
-        lse = scores.logsumexp(-1)
-        probability = _probability(scores, lse)
-        outs.append(probability @ value.where(keep[..., None], 0))
-        lses.append(lse)
+        outs.append(_probability(scores) @ value.where(keep[..., None], 0))
+        lses.append(scores.logsumexp(-1))
     out = torch.empty_like(q).copy_(torch.cat(outs, 2))
     return out, torch.cat(lses, 2)
 
@@ -60,7 +58,7 @@ def attention_bwd(
         delta = delta - dlse
     for rows, keep in _query_blocks(q, bits, grid, q_block_offset):
         query, dblock = q[:, :, rows].to(key.dtype), dout[:, :, rows].to(key.dtype)
-        probability = _probability(_scores(query, key, keep, scale), lse[:, :, rows])
+        probability = _probability(_scores(query, key, keep, scale))
         dprobability = dblock @ value.where(keep[..., None], 0).transpose(-2, -1)
         dscores = probability * (dprobability - delta[:, :, rows, None]) * scale
         kept = keep[..., None]
@@ -101,6 +99,7 @@ def _scores(query: Tensor, key: Tensor, keep: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(~keep[..., None, :], -torch.inf)
 
 
-def _probability(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse); 0 in a row that keeps nothing."""
-    return (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+def _probability(scores: Tensor) -> Tensor:
+    """softmax(scores); 0 in a row that keeps nothing."""
+    keeps_nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill(keeps_nothing, 0)
