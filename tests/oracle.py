@@ -45,9 +45,7 @@ def num_video_blocks(grid):
 
 def window_mask(grid, window):
     """Booleans [N, N]: the sliding tile window, and the rows and columns of extra tokens."""
-    extents = [
-        math.ceil(n / b) for n, b in zip((grid.frames, grid.height, grid.width), grid.block)
-    ]
+    extents = [math.ceil(n / b) for n, b in zip((grid.frames, grid.height, grid.width), grid.block)]
     blocks = [
         (t, h, w) for t in range(extents[0]) for h in range(extents[1]) for w in range(extents[2])
     ]

@@ -306,5 +306,7 @@ def test_bad_masks():
     with pytest.raises(ValueError, match="mask is on meta and q on cpu"):
         mask = BlockMask.from_dense(keep, grid=grid).to("meta")
         nabla.block_sparse_attention(q, q, q, mask)
-    with pytest.raises(ValueError, match=r"mask.bits has shape \[1, 1, 2, 2\] and dtype torch.bool"):
+    with pytest.raises(
+        ValueError, match=r"mask.bits has shape \[1, 1, 2, 2\] and dtype torch.bool"
+    ):
         nabla.block_sparse_attention(q, q, q, BlockMask(keep, grid))

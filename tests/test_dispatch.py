@@ -40,7 +40,9 @@ def test_auto_takes_the_first_that_fits(monkeypatch):
     assert resolve(block_size=16) != "fast"
     with pytest.raises(ValueError, match="fast: head_dim is 48, it takes 32 to 128 in steps of 32"):
         resolve("fast", head_dim=48)
-    with pytest.raises(ValueError, match="fast: the dtype is torch.float64, it takes torch.float32"):
+    with pytest.raises(
+        ValueError, match="fast: the dtype is torch.float64, it takes torch.float32"
+    ):
         resolve("fast", dtype=torch.float64)
     with pytest.raises(ValueError, match="fast: blocks have 16 tokens, it takes 64"):
         resolve("fast", block_size=16)
@@ -55,6 +57,4 @@ def test_a_missing_backend_says_why_and_what_is_there(monkeypatch):
     monkeypatch.setattr(dispatch, "BACKENDS", (missing, *dispatch.BACKENDS))
     assert backends()["missing"] == (False, "its module is not built")
     with pytest.raises(ValueError, match="missing: its module is not built.*machine: .*reference"):
-        dispatch.resolve(
-            "missing", device="cpu", head_dim=64, dtype=torch.float32, block_size=64
-        )
+        dispatch.resolve("missing", device="cpu", head_dim=64, dtype=torch.float32, block_size=64)

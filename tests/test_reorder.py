@@ -30,9 +30,7 @@ def test_reordering_is_differentiable():
 
 def test_reordering_compiles(run):
     grid, x = TokenGrid(3, 20, 17, extra=5), torch.randn(2, 3, 1025, 4)
-    assert torch.equal(
-        run(lambda x: fractal_unflatten(fractal_flatten(x, grid), grid), x), x
-    )
+    assert torch.equal(run(lambda x: fractal_unflatten(fractal_flatten(x, grid), grid), x), x)
 
 
 def test_wrong_number_of_tokens():

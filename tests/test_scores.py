@@ -23,7 +23,9 @@ def test_block_mean(backend, grid, dtype):
     x = tokens(grid, dtype=dtype)
     means = nabla.block_mean(x, grid, backend=backend)
     assert means.dtype == torch.float32
-    torch.testing.assert_close(means.double(), block_means(x, block_runs(grid)), atol=5e-7, rtol=5e-7)
+    torch.testing.assert_close(
+        means.double(), block_means(x, block_runs(grid)), atol=5e-7, rtol=5e-7
+    )
 
 
 def test_block_mean_of_a_slice(backend, run):
@@ -34,7 +36,11 @@ def test_block_mean_of_a_slice(backend, run):
     assert torch.equal(part, nabla.block_mean(x, grid, backend=backend)[:, :, 3:8])
 
 
-@given(grid=grids(max_extent=17), dtype=st.sampled_from(DTYPES), heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+@given(
+    grid=grids(max_extent=17),
+    dtype=st.sampled_from(DTYPES),
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+)
 @pytest.mark.parametrize("backend", [n for n, s in nabla.backends().items() if s.available])
 def test_pooled_scores(backend, grid, dtype, heads):
     q, k = tokens(grid, heads[0], dtype=dtype), tokens(grid, heads[1], dtype=dtype)
