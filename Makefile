@@ -1,0 +1,38 @@
+# Every target sets up what it needs in .venv, made by PYTHON (3.11 or newer). A second call is fast.
+PYTHON ?= python3
+JOBS ?= 2
+
+BIN := .venv/bin
+READY := .venv/ready
+# What an installation is made from: when one of these is newer than the stamp, install again.
+BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench gpu-check
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY)  ## install nabla, editable, with all that the other targets need
+
+$(READY): $(BUILT_FROM)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nabla needs Python 3.11 or newer, not " + sys.version.split()[0] + ": make PYTHON=/path/to/python")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+demo: $(READY)  ## dense and NABLA attention side by side on a real clip, about two minutes
+	$(BIN)/nabla demo
+
+test: $(READY)  ## the test suite
+	$(BIN)/python -m pytest --numprocesses $(JOBS)
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## the benchmarks of what this machine has
+	$(BIN)/python -m benchmarks
+
+gpu-check:  ## on a machine with CUDA: the tests marked gpu, with the Python found and no network
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check
