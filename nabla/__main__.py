@@ -1,0 +1,5 @@
+"""`python -m nabla`: the `nabla` command."""
+
+from nabla.cli import main
+
+main()

@@ -1,0 +1,170 @@
+"""The `nabla` command.
+
+nabla info [--json]    versions, devices, instruction sets, backends and why one is missing
+nabla demo             dense and NABLA attention side by side on a real clip
+nabla mask             picture of a block mask
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import nabla
+from nabla.grid import TokenGrid
+
+app = typer.Typer(
+    help="NABLA block-sparse attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+def main() -> None:
+    """Run the command; bad input ends in one readable line and exit status 1."""
+    try:
+        app()
+    except (ValueError, ModuleNotFoundError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]nabla:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from error
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show versions, the machine, and which backends it has."""
+    from nabla.inspect import environment
+
+    facts = environment()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    cpu = facts["cpu"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    for name, version in facts["versions"].items():
+        table.add_row(name, version or "[dim]not installed[/]")
+    table.add_row("python", facts["python"])
+    table.add_row("platform", facts["platform"])
+    table.add_row("cpu", f"{cpu['name']}, {cpu['threads']} threads used by torch")
+    table.add_row("", f"{' '.join(cpu['instruction_sets'])} (torch runs {cpu['torch_capability']})")
+    for index, device in enumerate(facts["devices"]):
+        table.add_row(f"cuda:{index}", f"{device['name']}, {device['memory_gib']} GiB")
+    if not facts["devices"]:
+        table.add_row("cuda", "[dim]no device[/]")
+    console.print(table)
+    console.print()
+    status = Table("backend", "", "why", box=None, pad_edge=False)
+    for name, backend in facts["backends"].items():
+        mark = "[green]available[/]" if backend["available"] else "[yellow]missing[/]"
+        status.add_row(name, mark, "" if backend["available"] else backend["reason"])
+    console.print(status)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the video and the pictures.")] = Path("out"),
+) -> None:
+    """Continue a real clip with dense and with NABLA attention, side by side, and time both."""
+    from kandinsky_model.demo import run
+
+    run(out)
+
+
+@app.command()
+def mask(
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("mask.png"),
+    grid: Annotated[str, typer.Option(help="Tokens: frames,height,width.")] = "6,32,48",
+    top_p: Annotated[float, typer.Option(help="Mass that a row keeps, in (0, 1].")] = 0.9,
+    window: Annotated[
+        str | None, typer.Option(help="Sliding tile window in blocks, odd: frames,height,width.")
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option(help="Query block to look at: t,h,w in blocks; else the middle.")
+    ] = None,
+    tensors: Annotated[
+        Path | None,
+        typer.Option(
+            help="Safetensors file with q and k, [B, H, S, D] or [H, S, D]; else an example."
+        ),
+    ] = None,
+    order: Annotated[
+        Literal["raster", "block"], typer.Option(help="Order of the tokens in that file.")
+    ] = "raster",
+    heads: Annotated[int, typer.Option(min=1, help="Heads to draw.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the example.")] = 0,
+) -> None:
+    """Draw a block mask: of q and k in a file, or of an example with smooth content."""
+    from nabla.inspect import draw_mask, recall
+
+    token_grid = TokenGrid(*_three("--grid", grid))
+    if tensors is None:
+        q = k = _example(token_grid, heads, seed)
+    else:
+        q, k = _load(tensors)
+    if order == "raster":
+        q, k = nabla.fractal_flatten(q, token_grid), nabla.fractal_flatten(k, token_grid)
+    block_mask = nabla.create_block_mask(
+        q, k, grid=token_grid, top_p=top_p, window=window and _three("--window", window)
+    )
+    block = query and _block_index(_three("--query", query), token_grid)
+    draw_mask(block_mask, out, heads=range(min(heads, q.shape[1])), query_block=block)
+
+    table = Table("head", "density", "attention mass kept", box=None, pad_edge=False)
+    densities = block_mask.to_dense().float().mean((0, 2, 3))
+    for head, values in enumerate(zip(densities, recall(q, k, block_mask).mean(0), strict=True)):
+        table.add_row(str(head), *(f"{value:.3f}" for value in values))
+    console.print(table)
+    console.print(f"density {block_mask.density():.3f}, picture in {out}", highlight=False)
+
+
+def _three(option: str, text: str) -> tuple[int, int, int]:
+    try:
+        first, second, third = map(int, text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} {text!r} is not three whole numbers such as 6,32,48") from None
+    return first, second, third
+
+
+def _block_index(position: tuple[int, int, int], grid: TokenGrid) -> int:
+    if not all(0 <= at < extent for at, extent in zip(position, grid.blocks, strict=True)):
+        raise ValueError(f"--query {position} is outside the {grid.blocks} blocks of the grid")
+    return (position[0] * grid.blocks[1] + position[1]) * grid.blocks[2] + position[2]
+
+
+def _load(path: Path) -> tuple[Tensor, Tensor]:
+    """q and k [B, H, S, D] of a safetensors file."""
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "--tensors needs safetensors: pip install 'nabla-attention[model]'"
+        ) from error
+    found = load_file(path)
+    if not {"q", "k"} <= found.keys():
+        raise ValueError(f"{path} holds {', '.join(sorted(found))}, but q and k are wanted")
+    q, k = (found[name] if found[name].dim() == 4 else found[name][None] for name in "qk")
+    return q, k
+
+
+def _example(grid: TokenGrid, heads: int, seed: int) -> Tensor:
+    """Queries that are also the keys, [1, heads, S, 64]: random fields, finer with each head."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (grid.frames, grid.height, grid.width)
+    fields = []
+    for head in range(heads):
+        coarse = [min(extent, 3 + head) for extent in size]
+        noise = torch.randn(1, 64, *coarse, generator=generator)
+        field = torch.nn.functional.interpolate(noise, size=size, mode="trilinear")
+        fields.append(8 * torch.nn.functional.normalize(field.flatten(2), dim=1).mT)  # [1, S, 64]
+    return torch.stack(fields, 1)
