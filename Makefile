@@ -24,8 +24,9 @@ $(READY): $(BUILT_FROM)
 demo: $(READY)  ## dense and NABLA attention side by side on a real clip, about two minutes
 	$(BIN)/nabla demo
 
+# One thread a worker: workers that share cores would otherwise wait for each other's threads.
 test: $(READY)  ## the test suite
-	$(BIN)/python -m pytest --numprocesses $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -34,5 +35,6 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## the benchmarks of what this machine has
 	$(BIN)/python -m benchmarks
 
+# A PYTHON that is named is taken; else the one in .venv, if it is there.
 gpu-check:  ## on a machine with CUDA: the tests marked gpu, with the Python found and no network
-	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check
+	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu_check

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -34,7 +35,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, ModuleNotFoundError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]nabla:[/] {error}", highlight=False, soft_wrap=True)
+        message = f"[bold red]nabla:[/] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
 
 
@@ -76,8 +78,12 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the video and the pictures.")] = Path("out"),
 ) -> None:
     """Continue a real clip with dense and with NABLA attention, side by side, and time both."""
-    from kandinsky_model.demo import run
-
+    try:
+        from kandinsky_model.demo import run
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error}; the demo needs: pip install 'nabla-attention[demo]'", name=error.name
+        ) from error
     run(out)
 
 
@@ -114,10 +120,9 @@ def mask(
         q, k = _load(tensors)
     if order == "raster":
         q, k = nabla.fractal_flatten(q, token_grid), nabla.fractal_flatten(k, token_grid)
-    block_mask = nabla.create_block_mask(
-        q, k, grid=token_grid, top_p=top_p, window=window and _three("--window", window)
-    )
-    block = query and _block_index(_three("--query", query), token_grid)
+    extents = None if window is None else _three("--window", window)
+    block_mask = nabla.create_block_mask(q, k, grid=token_grid, top_p=top_p, window=extents)
+    block = None if query is None else _block_index(_three("--query", query), token_grid)
     draw_mask(block_mask, out, heads=range(min(heads, q.shape[1])), query_block=block)
 
     table = Table("head", "density", "attention mass kept", box=None, pad_edge=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import nabla
 from nabla.dispatch import backends
 
 # The instruction sets that decide which CPU kernel runs, by torch's names for them.
@@ -28,7 +29,7 @@ def environment() -> dict[str, Any]:
     """
     return {
         "versions": {
-            "nabla": _version("nabla-attention"),
+            "nabla": nabla.__version__,
             "torch": torch.__version__,
             "triton": _version("triton"),
             "cuda": torch.version.cuda,

@@ -77,11 +77,10 @@ def draw_mask(
         figsize=(BITMAP_INCHES + panels.width + 1.3, len(heads) * panels.row_height + 0.8),
         facecolor="white",
     )
-    rows = figure.subfigures(
-        len(heads) + 1, 1, height_ratios=[0.75] + [panels.row_height] * len(heads)
-    )
-    _draw_heading(rows[0], mask, window=mask.window is not None)
-    for row, head in zip(rows[1:], heads, strict=True):
+    heights = [0.75] + [panels.row_height] * len(heads)
+    heading, *rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flat
+    _draw_heading(heading, mask)
+    for row, head in zip(rows, heads, strict=True):
         bitmap, frames = row.subfigures(1, 2, width_ratios=[BITMAP_INCHES + 0.7, panels.width])
         _draw_bitmap(bitmap, head, keep[head], window, grid, query_block - first)
         panels.draw(frames, keep[head, query_block - first], window[query_block - first])
@@ -165,7 +164,7 @@ class _Panels:
         )
 
 
-def _draw_heading(figure: SubFigure, mask: BlockMask, *, window: bool) -> None:
+def _draw_heading(figure: SubFigure, mask: BlockMask) -> None:
     from matplotlib.patches import Patch
 
     grid = mask.grid
@@ -179,8 +178,9 @@ def _draw_heading(figure: SubFigure, mask: BlockMask, *, window: bool) -> None:
         weight="bold",
         color=INK,
     )
-    legend = [Patch(facecolor=SELECTED, label="kept for its score")]
-    if window:
+    selected = "kept for its score" + (", or extra tokens" if grid.extra else "")
+    legend = [Patch(facecolor=SELECTED, label=selected)]
+    if mask.window is not None:
         legend.append(Patch(facecolor=IN_WINDOW, label=f"in the window {tuple(mask.window)}"))
     legend += [
         Patch(facecolor=DROPPED, label="not computed"),

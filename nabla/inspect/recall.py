@@ -35,8 +35,10 @@ def recall(
         The mean over the queries, [B, H] float32, in [0, 1]. NaN where a query's attention is.
     """
     every_block = dataclasses.replace(mask, bits=torch.full_like(mask.bits, -1))
-    lse_kept, lse_all = (
-        block_sparse_attention(q, k, k, m, scale=scale, return_lse=True, backend=backend).lse
-        for m in (mask, every_block)
+    _, lse_kept = block_sparse_attention(
+        q, k, k, mask, scale=scale, return_lse=True, backend=backend
     )
-    return (lse_kept - lse_all).exp().mean(-1)
+    _, lse_full = block_sparse_attention(
+        q, k, k, every_block, scale=scale, return_lse=True, backend=backend
+    )
+    return (lse_kept - lse_full).exp().mean(-1)
