@@ -24,9 +24,8 @@ $(READY): $(BUILT_FROM)
 demo: $(READY)  ## dense and NABLA attention side by side on a real clip, about two minutes
 	$(BIN)/nabla demo
 
-# One thread a worker: workers that share cores would otherwise wait for each other's threads.
 test: $(READY)  ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

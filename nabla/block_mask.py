@@ -233,9 +233,9 @@ def sliding_tile_mask(
     Raises:
         ValueError: If an extent is even or not positive.
     """
-    grid, window = as_grid(grid, 0), check_window(window)
-    keep = grid.kept_by_position(window, device)[None, None]
-    return BlockMask(pack_bits(keep), grid, window)
+    grid, extents = as_grid(grid, 0), check_window(window)
+    keep = grid.kept_by_position(extents, device)[None, None]
+    return BlockMask(pack_bits(keep), grid, extents)
 
 
 def select_blocks(

@@ -20,7 +20,8 @@ def as_grid(grid: TokenGrid | Sequence[int] | None, num_tokens: int) -> TokenGri
     if isinstance(grid, TokenGrid):
         return grid
     if isinstance(grid, Sequence) and len(grid) == 3:
-        return TokenGrid(*grid)
+        frames, height, width = grid
+        return TokenGrid(frames, height, width)
     raise ValueError(f"grid={grid!r} is neither a TokenGrid nor (frames, height, width) in tokens")
 
 
@@ -33,7 +34,8 @@ def check_window(window: Sequence[int] | None) -> Window | None:
             f"window={tuple(window)} is not three odd extents (frames, height, width) in blocks: "
             "a window reaches equally far to both sides, as in (11, 3, 3)"
         )
-    return tuple(window)
+    frames, height, width = window
+    return frames, height, width
 
 
 def check_top_p(

@@ -26,7 +26,7 @@ SOURCES = [
 
 def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run a fresh Python that imports this checkout."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environ, capture_output=True, text=True
     )
