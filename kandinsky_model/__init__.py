@@ -1,0 +1,14 @@
+"""CrossDiT of Kandinsky 5 on NABLA attention: model, sampler, checkpoints, training, demo."""
+
+from kandinsky_model.attention import DenseAttention, MaskedAttention, NablaAttention
+from kandinsky_model.config import PRESETS, CrossDiTConfig
+from kandinsky_model.model import CrossDiT
+
+__all__ = [
+    "PRESETS",
+    "CrossDiT",
+    "CrossDiTConfig",
+    "DenseAttention",
+    "MaskedAttention",
+    "NablaAttention",
+]

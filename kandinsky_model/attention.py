@@ -1,0 +1,116 @@
+"""Attention of the CrossDiT: one layer, and the ways in which visual tokens attend to each other.
+
+q, k = rope(rmsnorm(x W))      RMSNorm and RoPE in fp32, then cast to the model's dtype
+DenseAttention                 softmax(q k^T / sqrt(D)) v over all tokens
+NablaAttention                 the same over the blocks that nabla.create_block_mask keeps for these q, k
+MaskedAttention                the same over the blocks of one given mask
+All take q, k, v [B, H, S, D] in block order and return [B, H, S, D].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+import nabla
+
+
+class VisualAttention(Protocol):
+    """How visual tokens attend to each other; any callable of this shape will do."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: nabla.TokenGrid) -> Tensor:
+        """Attend over tokens [B, H, S, D] that lie on `grid` in block order."""
+
+
+@dataclass(frozen=True)
+class DenseAttention:
+    """Every token attends to every token."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: nabla.TokenGrid) -> Tensor:
+        """Attend over tokens [B, H, S, D]."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@dataclass(frozen=True)
+class NablaAttention:
+    """Each query block attends to the key blocks that hold `top_p` of its pooled map, OR a window."""
+
+    top_p: float
+    window: tuple[int, int, int] | None = None
+    backend: str = "auto"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: nabla.TokenGrid) -> Tensor:
+        """Attend over tokens [B, H, S, D] that lie on `grid` in block order."""
+        mask = nabla.create_block_mask(
+            q, k, grid=grid, top_p=self.top_p, window=self.window, backend=self.backend
+        )
+        return nabla.block_sparse_attention(q, k, v, mask, backend=self.backend)
+
+
+@dataclass(frozen=True)
+class MaskedAttention:
+    """Every layer attends over the blocks of one mask, [1 or B, 1 or H, Nq, Nk]."""
+
+    mask: nabla.BlockMask
+    backend: str = "auto"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: nabla.TokenGrid) -> Tensor:
+        """Attend over tokens [B, H, S, D] that lie on `grid` in block order."""
+        return nabla.block_sparse_attention(q, k, v, self.mask, backend=self.backend)
+
+
+def apply_rotary(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate neighbouring channel pairs of x [B, S, H, D] by tables [S, D / 2], in float32."""
+    cos, sin = (table[:, None, :] for table in rope)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalized, optionally rotated queries and keys."""
+
+    def __init__(self, model_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_query = nn.Linear(model_dim, model_dim)
+        self.to_key = nn.Linear(model_dim, model_dim)
+        self.to_value = nn.Linear(model_dim, model_dim)
+        self.query_norm = nn.RMSNorm(head_dim)
+        self.key_norm = nn.RMSNorm(head_dim)
+        self.out_layer = nn.Linear(model_dim, model_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention,
+    ) -> Tensor:
+        """Attend from x [B, S, C] to `context` [B, L, C], or to x itself.
+
+        Args:
+            x: Tokens that ask.
+            context: Tokens that answer; None for self-attention.
+            rope: Tables (cos, sin) [S, D / 2] for self-attention; None leaves positions out.
+            attend: Maps q, k, v [B, H, S, D] to the heads' outputs [B, H, S, D].
+        """
+        context = x if context is None else context
+        heads = "b s (h d) -> b s h d"
+        q = rearrange(self.to_query(x), heads, d=self.head_dim)
+        k = rearrange(self.to_key(context), heads, d=self.head_dim)
+        v = rearrange(self.to_value(context), heads, d=self.head_dim)
+        q, k = _normalize(self.query_norm, q), _normalize(self.key_norm, k)
+        if rope is not None:
+            q, k = apply_rotary(q, rope), apply_rotary(k, rope)
+        q, k = q.type_as(v), k.type_as(v)
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.out_layer(rearrange(out, "b h s d -> b s (h d)"))
+
+
+def _normalize(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float())

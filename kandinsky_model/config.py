@@ -1,0 +1,108 @@
+"""The sizes of a CrossDiT: one frozen table per public checkpoint family, and `tiny` for the demo.
+
+tokens     latents [B, T, H, W, C] -> [B, T, H/2, W/2] tokens of `model_dim`, heads of sum(axes_dims)
+attention  `top_p` is None: dense;  else NABLA with that mass, OR-ed with `window` (in blocks)
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CrossDiTConfig:
+    """Architecture and attention of one CrossDiT; the field names are those of the public configs.
+
+    Attributes:
+        model_dim: Channels of a token; a multiple of the head dim.
+        ff_dim: Hidden channels of a feed-forward layer.
+        time_dim: Channels of the time embedding that drives every modulation.
+        num_text_blocks: Refiner blocks over the text tokens.
+        num_visual_blocks: Blocks over the visual tokens.
+        axes_dims: Even channels of a head rotated by (frame, row, column); their sum is the head dim.
+        in_visual_dim: Channels of the latents.
+        out_visual_dim: Channels of the velocity.
+        in_text_dim: Channels of a text token.
+        in_text_dim2: Channels of the pooled text.
+        patch_size: Latent (frames, rows, columns) in a token.
+        visual_cond: Whether the input also holds a condition and its mask: 2 * in_visual_dim + 1 channels.
+        rope_scale: Divisors of the (frame, row, column) positions.
+        top_p: Attention mass that NABLA keeps in the pooled map; None attends densely.
+        window: Block extents (frames, rows, columns), odd, that NABLA always keeps; None keeps none.
+        block: Token extents (frames, rows, columns) of a block.
+    """
+
+    model_dim: int
+    ff_dim: int
+    time_dim: int
+    num_text_blocks: int
+    num_visual_blocks: int
+    axes_dims: tuple[int, int, int]
+    in_visual_dim: int = 16
+    out_visual_dim: int = 16
+    in_text_dim: int = 3584
+    in_text_dim2: int = 768
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    visual_cond: bool = True
+    rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    top_p: float | None = None
+    window: tuple[int, int, int] | None = None
+    block: tuple[int, int, int] = (1, 8, 8)
+
+    def __post_init__(self) -> None:
+        if self.model_dim % self.head_dim:
+            raise ValueError(
+                f"model_dim {self.model_dim} is not a multiple of the head dim {self.head_dim}, "
+                f"the sum of axes_dims {self.axes_dims}"
+            )
+        if any(dim % 2 for dim in self.axes_dims):
+            raise ValueError(f"axes_dims {self.axes_dims} must be even: RoPE rotates pairs")
+        if self.window is not None and self.top_p is None:
+            raise ValueError(f"window {self.window} needs top_p: dense attention has no window")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return sum(self.axes_dims)
+
+    @property
+    def input_dim(self) -> int:
+        """Channels of the model's input: latents, and with `visual_cond` the condition and its mask."""
+        return 2 * self.in_visual_dim + 1 if self.visual_cond else self.in_visual_dim
+
+    @property
+    def patch_volume(self) -> int:
+        """Latent positions in one token."""
+        return math.prod(self.patch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CrossDiTConfig":
+        """The inverse of `to_dict`; unknown names are an error."""
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown config fields {unknown}; CrossDiTConfig lists the known ones")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+PRESETS = {
+    "video-lite": CrossDiTConfig(
+        model_dim=1792, ff_dim=7168, time_dim=512, num_text_blocks=2, num_visual_blocks=32,
+        axes_dims=(16, 24, 24),
+    ),
+    "video-pro": CrossDiTConfig(
+        model_dim=4096, ff_dim=16384, time_dim=1024, num_text_blocks=4, num_visual_blocks=60,
+        axes_dims=(32, 48, 48),
+    ),
+    "image-lite": CrossDiTConfig(
+        model_dim=2560, ff_dim=10240, time_dim=512, num_text_blocks=2, num_visual_blocks=50,
+        axes_dims=(32, 48, 48), visual_cond=False,
+    ),
+    "tiny": CrossDiTConfig(
+        model_dim=192, ff_dim=512, time_dim=64, num_text_blocks=1, num_visual_blocks=5,
+        axes_dims=(16, 16, 16), in_text_dim=32, in_text_dim2=32, top_p=0.7, window=(3, 1, 1),
+    ),
+}  # fmt: skip
