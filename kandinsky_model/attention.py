@@ -2,7 +2,7 @@
 
 q, k = rope(rmsnorm(x W))      RMSNorm and RoPE in fp32, then cast to the model's dtype
 DenseAttention                 softmax(q k^T / sqrt(D)) v over all tokens
-NablaAttention                 the same over the blocks that nabla.create_block_mask keeps for these q, k
+NablaAttention                 the same over the blocks that nabla.create_block_mask keeps
 MaskedAttention                the same over the blocks of one given mask
 All take q, k, v [B, H, S, D] in block order and return [B, H, S, D].
 """
@@ -37,7 +37,7 @@ class DenseAttention:
 
 @dataclass(frozen=True)
 class NablaAttention:
-    """Each query block attends to the key blocks that hold `top_p` of its pooled map, OR a window."""
+    """Attend to the key blocks that hold `top_p` of a query block's pooled map, or a window."""
 
     top_p: float
     window: tuple[int, int, int] | None = None
@@ -45,10 +45,13 @@ class NablaAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: nabla.TokenGrid) -> Tensor:
         """Attend over tokens [B, H, S, D] that lie on `grid` in block order."""
-        mask = nabla.create_block_mask(
+        return nabla.block_sparse_attention(q, k, v, self.mask(q, k, grid), backend=self.backend)
+
+    def mask(self, q: Tensor, k: Tensor, grid: nabla.TokenGrid) -> nabla.BlockMask:
+        """The blocks that these q and k [B, H, S, D] attend over."""
+        return nabla.create_block_mask(
             q, k, grid=grid, top_p=self.top_p, window=self.window, backend=self.backend
         )
-        return nabla.block_sparse_attention(q, k, v, mask, backend=self.backend)
 
 
 @dataclass(frozen=True)

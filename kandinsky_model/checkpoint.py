@@ -1,7 +1,7 @@
-"""Checkpoints: `<name>.safetensors` with the tensors and `<name>.json` with the CrossDiTConfig. No pickle.
+"""Checkpoints: `<name>.safetensors` holds the tensors, `<name>.json` the config. No pickle.
 
-Keys are those of the public Kandinsky 5 checkpoints. Tensors keep the dtype they were stored in: a model is
-usually bfloat16, its modulations and time embeddings always float32.
+Keys are those of the public Kandinsky 5 checkpoints. Tensors keep the dtype they were stored in: a
+model is usually bfloat16, its modulations and time embeddings always float32.
 """
 
 import json
@@ -28,7 +28,9 @@ def save_checkpoint(model: CrossDiT, path: str | Path, *, dtype: torch.dtype | N
     """
     path = _checked(path)
     tensors = {
-        name: value.detach().to("cpu", value.dtype if dtype is None or is_float32(name) else dtype).contiguous()
+        name: value.detach()
+        .to("cpu", value.dtype if dtype is None or is_float32(name) else dtype)
+        .contiguous()
         for name, value in model.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def load_checkpoint(
 
     Args:
         path: Name ending in .safetensors.
-        config: Needed where no .json lies beside the tensors, as with the public files: one of `PRESETS`.
+        config: One of `PRESETS`, where no .json lies beside the tensors, as with public files.
         dtype: Dtype of all but the tensors that stay float32; None keeps what is stored.
         device: Where the tensors go.
 
@@ -58,7 +60,9 @@ def load_checkpoint(
     try:
         tensors = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}); fetch or write it again") from error
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}); fetch or write it again"
+        ) from error
     with torch.device("meta"):
         model = CrossDiT(config or _read_config(path))
     _check_tensors(path, model.state_dict(), tensors)

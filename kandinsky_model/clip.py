@@ -33,9 +33,7 @@ def find_clip(name: str) -> Path:
     return clips[name]
 
 
-def read_clip(
-    name: str, *, start: int = 0, frames: int | None = None, stride: int = 1
-) -> Tensor:
+def read_clip(name: str, *, start: int = 0, frames: int | None = None, stride: int = 1) -> Tensor:
     """Read frames start, start + stride, ... of a clip; `frames` of them, or all."""
     stop = None if frames is None else start + (frames - 1) * stride + 1
     kept = []
@@ -53,14 +51,22 @@ def read_clip(
 
 
 def fit(frames: Tensor, height: int, width: int) -> Tensor:
-    """Scale and centre-crop frames [T, H, W, 3] to [T, height, width, 3], keeping their proportions."""
+    """Scale frames [T, H, W, 3] until they just cover height x width, then crop the centre."""
     scale = max(height / frames.shape[1], width / frames.shape[2])
-    size = [max(n, round(m * scale)) for n, m in zip((height, width), frames.shape[1:3], strict=True)]
-    pixels = frames.permute(0, 3, 1, 2)
-    pixels = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    pixels = pixels[..., top : top + height, left : left + width]
-    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    rows, columns = (
+        max(height, round(frames.shape[1] * scale)),
+        max(width, round(frames.shape[2] * scale)),
+    )
+    pixels = frames.permute(0, 3, 1, 2).float()
+    pixels = F.interpolate(pixels, (rows, columns), mode="bilinear", antialias=True)
+    frames = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return centre(frames, height, width)
+
+
+def centre(frames: Tensor, height: int, width: int) -> Tensor:
+    """The middle of frames [T, H, W, 3], unscaled: [T, height, width, 3]."""
+    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
+    return frames[:, top : top + height, left : left + width].contiguous()
 
 
 def side_by_side(clips: Sequence[tuple[str, Tensor]], *, zoom: int = 1, bar: int = 20) -> Tensor:
@@ -94,5 +100,7 @@ def write_gif(frames: Tensor, path: str | Path, *, fps: int = 12) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [Image.fromarray(frame) for frame in frames.numpy()]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    images[0].save(
+        path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
+    )
     return path

@@ -1,8 +1,8 @@
 """A fixed codec in place of a VAE: frames [T, H, W, 3] <-> latents [T, H/4, W/4, C].
 
-Each 4x4x3 pixel patch is expanded in the orthonormal 3-D cosine basis (colour x rows x columns), kept coefficients divided by a
-fixed scale per channel:  z = (basis p) / scale,   p = basis^T (z * scale)
-With all 48 channels it is lossless. The 16 of the default (10 of brightness, 3 and 3 of colour) keep what the eye sees.
+z = (basis p) / scale,   p = basis^T (scale * z),   p a patch of 3 colours x 4 rows x 4 columns
+The basis is the orthonormal cosine basis in all three directions. With all 48 channels the codec
+is lossless; the 16 of the default (10 of brightness, 3 and 3 of colour) keep what the eye sees.
 """
 
 import math
@@ -17,7 +17,7 @@ PATCH = 4
 
 @dataclass(frozen=True)
 class CosineCodec:
-    """Keeps the lowest `channels` = (brightness, colour, colour) of the 16 cosine frequencies of a patch."""
+    """Keeps the lowest of the 16 frequencies of a patch, for brightness and two colours."""
 
     channels: tuple[int, int, int] = (10, 3, 3)
 
@@ -30,8 +30,8 @@ class CosineCodec:
         """Frames, uint8 [T, H, W, 3], to float32 latents [T, H/4, W/4, C]."""
         if frames.shape[-3] % PATCH or frames.shape[-2] % PATCH:
             raise ValueError(
-                f"frames of {frames.shape[-3]}x{frames.shape[-2]} do not divide into {PATCH}x{PATCH} "
-                "patches; crop them"
+                f"frames of {frames.shape[-3]}x{frames.shape[-2]} do not divide into "
+                f"{PATCH}x{PATCH} patches; crop them"
             )
         basis, scale = self._basis()
         pattern = "... (h p) (w q) c -> ... h w (c p q)"
@@ -67,7 +67,7 @@ def cosine_basis(n: int) -> Tensor:
     return basis
 
 
-# Natural frames have about unit variance in the lowest brightness channel, and less, but not much less, in the others:
-# noise then hides fine detail before coarse, as it does in pixels.
+# In natural frames the lowest brightness channel then has about unit variance, the others less but
+# not much less: noise hides fine detail before coarse, as it does in pixels, and both are learnt.
 _SCALE = (3.2, 1.0, 0.6)
 _DECAY = 0.4

@@ -1,6 +1,6 @@
 """The sizes of a CrossDiT: one frozen table per public checkpoint family, and `tiny` for the demo.
 
-tokens     latents [B, T, H, W, C] -> [B, T, H/2, W/2] tokens of `model_dim`, heads of sum(axes_dims)
+tokens     latents [B, T, H, W, C] -> [B, T, H/2, W/2, model_dim], in heads of sum(axes_dims)
 attention  `top_p` is None: dense;  else NABLA with that mass, OR-ed with `window` (in blocks)
 """
 
@@ -19,16 +19,16 @@ class CrossDiTConfig:
         time_dim: Channels of the time embedding that drives every modulation.
         num_text_blocks: Refiner blocks over the text tokens.
         num_visual_blocks: Blocks over the visual tokens.
-        axes_dims: Even channels of a head rotated by (frame, row, column); their sum is the head dim.
+        axes_dims: Channels of a head rotated by (frame, row, column), even; a head has their sum.
         in_visual_dim: Channels of the latents.
         out_visual_dim: Channels of the velocity.
         in_text_dim: Channels of a text token.
         in_text_dim2: Channels of the pooled text.
         patch_size: Latent (frames, rows, columns) in a token.
-        visual_cond: Whether the input also holds a condition and its mask: 2 * in_visual_dim + 1 channels.
+        visual_cond: Whether the input also holds a condition and its mask.
         rope_scale: Divisors of the (frame, row, column) positions.
         top_p: Attention mass that NABLA keeps in the pooled map; None attends densely.
-        window: Block extents (frames, rows, columns), odd, that NABLA always keeps; None keeps none.
+        window: Odd block extents (frames, rows, columns) that NABLA always keeps, or None.
         block: Token extents (frames, rows, columns) of a block.
     """
 
@@ -67,7 +67,7 @@ class CrossDiTConfig:
 
     @property
     def input_dim(self) -> int:
-        """Channels of the model's input: latents, and with `visual_cond` the condition and its mask."""
+        """Channels of the input: latents, and with `visual_cond` a condition and its mask."""
         return 2 * self.in_visual_dim + 1 if self.visual_cond else self.in_visual_dim
 
     @property
@@ -84,8 +84,14 @@ class CrossDiTConfig:
         """The inverse of `to_dict`; unknown names are an error."""
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"unknown config fields {unknown}; CrossDiTConfig lists the known ones")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            raise ValueError(
+                f"unknown config fields {unknown}; CrossDiTConfig lists the known ones"
+            )
+        arguments: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**arguments)
 
 
 PRESETS = {

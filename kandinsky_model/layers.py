@@ -1,7 +1,7 @@
 """The parts of a CrossDiT that are not attention.
 
-time      t in [0, 1] -> sinusoid(1000 t) -> MLP                                  [B, time_dim], fp32
-rope      angle = position / scale * 10000^(-2i/d) for each axis -> (cos, sin)    [S, D/2] each, fp32
+time      t in [0, 1] -> sinusoid(1000 t) -> MLP                         [B, time_dim], fp32
+rope      angle = position / scale * 10000^(-2i/d) per axis -> cos, sin   [S, D/2] each, fp32
 modulate  norm(x) * (1 + scale) + shift;  gated: x + gate * branch                computed in fp32
 Attribute names are the keys of the public checkpoints.
 """
@@ -65,7 +65,9 @@ class VisualEmbeddings(nn.Module):
         return self.in_layer(rearrange(latents, pattern, pt=pt, ph=ph, pw=pw))
 
 
-def rotary_1d(length: int, dim: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def rotary_1d(
+    length: int, dim: int, *, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of a text sequence, float32 [length, dim / 2] each."""
     positions = torch.arange(length, device=device).float()
     angles = torch.outer(positions, rotary_frequencies(dim // 2, device=device))
@@ -79,7 +81,7 @@ def rotary_3d(
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a (frames, rows, columns) grid, float32 [T * H * W, D / 2] each, in raster order."""
+    """Cosines and sines of a (T, H, W) grid in raster order, float32 [T * H * W, D / 2] each."""
     angles = []
     for axis, (length, dim, divisor) in enumerate(zip(shape, axes_dims, scale, strict=True)):
         positions = torch.arange(length, device=device).float()
@@ -92,7 +94,7 @@ def rotary_3d(
 
 
 class Modulation(nn.Module):
-    """Turns the time embedding into `num_params` vectors (shift, scale, gate, ...) in float32; zero at the start."""
+    """Turns the time embedding into shifts, scales and gates, in float32; zero at the start."""
 
     def __init__(self, time_dim: int, model_dim: int, num_params: int) -> None:
         super().__init__()
@@ -134,7 +136,7 @@ class FeedForward(nn.Module):
 
 
 class OutLayer(nn.Module):
-    """Turns tokens back into patches of velocity. The channel is outermost in a patch, unlike at the input."""
+    """Turns tokens into patches of velocity, in which, unlike at the input, channels come first."""
 
     def __init__(
         self, model_dim: int, time_dim: int, visual_dim: int, patch_size: tuple[int, int, int]

@@ -3,7 +3,7 @@
 text    text_embeddings -> refiner blocks (self-attention with 1-D RoPE, feed-forward)
 visual  visual_embeddings -> block order -> blocks (self-attention with 3-D RoPE, cross-attention,
         feed-forward) -> raster order -> out_layer
-Every branch is x + gate * f(norm(x) * (1 + scale) + shift), its shift, scale and gate from (t, pooled text).
+branch  x + gate * f(norm(x) * (1 + scale) + shift),  shift, scale, gate from (t, pooled text)
 Attribute names are the keys of the public checkpoints.
 """
 
@@ -129,13 +129,13 @@ class CrossDiT(nn.Module):
         """Predict the velocity that carries data (t = 0) to noise (t = 1).
 
         Args:
-            latents: Noisy latents, channels last, [B, T, H, W, input_dim]; with `visual_cond` followed by the
-                condition's channels and its mask (see `sampler.model_input`).
+            latents: Noisy latents [B, T, H, W, input_dim], channels last; with `visual_cond` they
+                are followed by the condition and its mask (see `sampler.model_input`).
             text: Text features [B, L, in_text_dim].
             pooled_text: Pooled text features [B, in_text_dim2].
             timestep: Times in [0, 1], [B].
-            attention: How visual tokens attend to each other; None follows the config. MaskedAttention(mask)
-                forces one mask on every layer.
+            attention: How visual tokens attend to each other; None follows the config, and
+                MaskedAttention(mask) forces one mask on every layer.
 
         Returns:
             The velocity [B, T, H, W, out_visual_dim].
@@ -149,13 +149,13 @@ class CrossDiT(nn.Module):
             text = self._run(block, text, time_embed, rope)
 
         visual = self.visual_embeddings(latents)
-        shape = tuple(visual.shape[1:4])
-        grid = nabla.TokenGrid(*shape, block=self.config.block)
-        rope = rotary_3d(
+        shape = visual.shape[1], visual.shape[2], visual.shape[3]
+        grid = nabla.TokenGrid(*shape, self.config.block)
+        visual = nabla.fractal_flatten(visual.flatten(1, 3), grid)
+        cos, sin = rotary_3d(
             shape, self.config.axes_dims, scale=self.config.rope_scale, device=visual.device
         )
-        rope = tuple(nabla.fractal_flatten(table, grid) for table in rope)
-        visual = nabla.fractal_flatten(visual.flatten(1, 3), grid)
+        rope = nabla.fractal_flatten(cos, grid), nabla.fractal_flatten(sin, grid)
         attend = partial(attention or self.default_attention(), grid=grid)
         for block in self.visual_transformer_blocks:
             visual = self._run(block, visual, text, time_embed, rope, attend)
@@ -169,7 +169,7 @@ class CrossDiT(nn.Module):
         return NablaAttention(self.config.top_p, self.config.window)
 
     def cast(self, dtype: torch.dtype) -> "CrossDiT":
-        """Cast the parameters in place, all but modulations and time embeddings, which stay float32."""
+        """Cast the parameters in place, all but those of modulations and time embeddings."""
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if is_float32(name) else dtype)
         return self
@@ -192,9 +192,7 @@ class CrossDiT(nn.Module):
                 f"{config.patch_size}; pad or crop them"
             )
         if text.ndim != 3 or text.shape[0] != batch or text.shape[-1] != config.in_text_dim:
-            raise ValueError(
-                f"text {list(text.shape)} must be [{batch}, L, {config.in_text_dim}]"
-            )
+            raise ValueError(f"text {list(text.shape)} must be [{batch}, L, {config.in_text_dim}]")
         if list(pooled_text.shape) != [batch, config.in_text_dim2]:
             raise ValueError(
                 f"pooled_text {list(pooled_text.shape)} must be [{batch}, {config.in_text_dim2}]"

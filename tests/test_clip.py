@@ -29,7 +29,9 @@ def test_clips_are_found_without_importing_their_package(name, shape):
 def test_start_and_stride_choose_frames():
     every = read_clip("carphone_pristine")
     assert len(every) == 120
-    assert torch.equal(read_clip("carphone_pristine", start=5, frames=3, stride=4), every[[5, 9, 13]])
+    assert torch.equal(
+        read_clip("carphone_pristine", start=5, frames=3, stride=4), every[[5, 9, 13]]
+    )
 
 
 def test_a_path_is_a_clip():

@@ -66,10 +66,16 @@ def diffusers_model(model: CrossDiT) -> torch.nn.Module:
 
 
 def diffusers_forward(
-    other: torch.nn.Module, inputs: tuple[Tensor, ...], *, scale=(1.0, 1.0, 1.0), block_order: bool = False
+    other: torch.nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    scale=(1.0, 1.0, 1.0),
+    block_order: bool = False,
 ) -> Tensor:
     latents, text, pooled_text, timestep = inputs
-    positions = [torch.arange(n // p) for n, p in zip(latents.shape[1:4], CONFIG.patch_size, strict=True)]
+    positions = [
+        torch.arange(n // p) for n, p in zip(latents.shape[1:4], CONFIG.patch_size, strict=True)
+    ]
     sparse = {"to_fractal": True, "sta_mask": torch.zeros(1), "P": 0.5} if block_order else None
     with torch.no_grad():
         return other(
@@ -81,7 +87,7 @@ def diffusers_forward(
 
 @pytest.fixture(params=["as it stands", "rope in fp32"])
 def tolerance(request, monkeypatch) -> float:
-    """Bound on max|difference| / max|reference|: diffusers rounds q and k to bfloat16 after RoPE."""
+    """Bound on max|difference| / max|reference|: diffusers rounds q and k to bf16 after RoPE."""
     if request.param == "as it stands":
         return 1e-3
     # Tensor.to(torch.bfloat16) in that module becomes Tensor.to(torch.float32).
@@ -115,7 +121,7 @@ def test_nabla_equals_diffusers_with_the_same_mask(tolerance, monkeypatch):
     mask = random_mask(grid, heads=2)
     tokens = mask.to_dense().repeat_interleave(64, -1).repeat_interleave(64, -2)
 
-    # Eager flex attention in diffusers ignores block lists, so its dispatcher gets the same mask as booleans.
+    # Eager flex attention ignores block lists, so diffusers gets the same mask as booleans.
     def masked_sdpa(query, key, value, attn_mask=None, **_):
         kept = tokens if attn_mask is not None else None
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -136,7 +142,12 @@ def test_nabla_equals_diffusers_with_the_same_mask(tolerance, monkeypatch):
 
 @pytest.mark.parametrize(
     ("preset", "billions"),
-    [("video-lite", "2.0077"), ("video-pro", "19.3113"), ("image-lite", "6.0221"), ("tiny", "0.0035")],
+    [
+        ("video-lite", "2.0077"),
+        ("video-pro", "19.3113"),
+        ("image-lite", "6.0221"),
+        ("tiny", "0.0035"),
+    ],
 )
 def test_parameter_count(preset, billions):
     with torch.device("meta"):
@@ -181,7 +192,9 @@ def test_forward_rejects(position, shape, message):
         random_model()(*inputs)
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 16), (2, 20, 36), (1, 2, 2)], ids=["full", "ragged", "token"])
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 16), (2, 20, 36), (1, 2, 2)], ids=["full", "ragged", "token"]
+)
 def test_keeping_every_block_is_dense(shape):
     model, inputs = random_model(), random_inputs(shape)
     with torch.no_grad():

@@ -15,7 +15,7 @@ CONFIG = CrossDiTConfig(
 
 
 class Recorder(nn.Module):
-    """A stand-in for CrossDiT whose velocity is the first text channel; it keeps what it was called with."""
+    """A stand-in for CrossDiT: its velocity is the first text channel, and it keeps its inputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -76,7 +76,9 @@ def test_windows_stay_inside_their_source():
     assert drawn.shape == (5, 6, 16, 16, 16)
     for window in drawn:
         columns = [
-            i for i in range(5) if any(torch.equal(frame[:, i : i + 16], window[0]) for frame in windows.latents[0])
+            i
+            for i in range(5)
+            if any(torch.equal(frame[:, i : i + 16], window[0]) for frame in windows.latents[0])
         ]
         assert columns, "not a crop of the source"
 
