@@ -1,0 +1,103 @@
+// C[r, l] (+)= sum_k A(r, k) B[k, l] in registers: each A(r, k) is broadcast from memory and multiplies a
+// row of B, whose lanes lie along the vectors.
+//
+// A is row-major, or transposed ([k, r]); nothing has to be packed. The element of A and B is a float, or a
+// pair of bfloat16 along k where the machine has their dot product; C is always float.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace nabla::cpu::NABLA_ISA {
+
+struct FloatDot {
+    using Element = float;
+    using Vector = Floats;
+    static inline Vector broadcast(const float* p) { return splat(*p); }
+    static inline Floats multiply_add(Vector a, Vector b, Floats c) { return a * b + c; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Dot {
+    using Element = uint32_t;
+    using Vector = Words;
+    static inline Vector broadcast(const uint32_t* p) { return (Words)_mm512_set1_epi32(load_raw<int>(p)); }
+    static inline Floats multiply_add(Vector a, Vector b, Floats c) {
+        return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+    }
+};
+#endif
+
+enum class Layout { kRows, kColumns };       // A(r, k) is a[r * lda + k], or a[k * lda + r]
+enum class Start { kZero, kAdd, kScaled };   // C starts at 0, at C, or at C * scale[lane]
+
+template <int kRows, int kVectors, Layout kLayout, Start kStart, class Dot>
+static inline void multiply_tile(int depth, const typename Dot::Element* a, int64_t lda,
+                                 const typename Dot::Element* b, int64_t ldb, float* c, int64_t ldc,
+                                 const float* scale) {
+    using Vector = typename Dot::Vector;
+    Floats sum[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+        Floats factor{};
+        if constexpr (kStart == Start::kScaled) factor = load(scale + v * kWidth);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            if constexpr (kStart == Start::kZero) sum[r][v] = Floats{};
+            else sum[r][v] = load(c + r * ldc + v * kWidth);
+            if constexpr (kStart == Start::kScaled) sum[r][v] *= factor;
+        }
+    }
+#pragma GCC unroll 1
+    for (int k = 0; k < depth; ++k) {
+        Vector row[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) row[v] = load_raw<Vector>(b + k * ldb + v * kWidth);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            const Vector x = Dot::broadcast(kLayout == Layout::kRows ? a + r * lda + k : a + k * lda + r);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) sum[r][v] = Dot::multiply_add(x, row[v], sum[r][v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) store(c + r * ldc + v * kWidth, sum[r][v]);
+}
+
+// `rows` <= kRows rows.
+template <int kRows, int kVectors, Layout kLayout, Start kStart, class Dot, class... Args>
+static inline void multiply_rest(int rows, Args... args) {
+    if constexpr (kRows > 0) {
+        if (rows == kRows) multiply_tile<kRows, kVectors, kLayout, kStart, Dot>(args...);
+        else multiply_rest<kRows - 1, kVectors, kLayout, kStart, Dot>(rows, args...);
+    }
+}
+
+template <int kVectors, Layout kLayout, Start kStart, class Dot>
+static void multiply_panel(int rows, int depth, const typename Dot::Element* a, int64_t lda,
+                           const typename Dot::Element* b, int64_t ldb, float* c, int64_t ldc,
+                           const float* scale) {
+    constexpr int kRows = kTileVectors == 4 && kVectors < 4 ? 8 : 6;  // accumulators fill the registers
+    constexpr auto row_step = [](int64_t lda) { return kLayout == Layout::kRows ? lda : 1; };
+    int r = 0;
+    for (; r + kRows <= rows; r += kRows)
+        multiply_tile<kRows, kVectors, kLayout, kStart, Dot>(depth, a + r * row_step(lda), lda, b, ldb,
+                                                             c + r * ldc, ldc, scale);
+    multiply_rest<kRows - 1, kVectors, kLayout, kStart, Dot>(
+        rows - r, depth, a + r * row_step(lda), lda, b, ldb, c + r * ldc, ldc, scale);
+}
+
+// `lanes` is a multiple of kLanes; `depth` counts elements, so pairs for BFloat16Dot.
+template <Layout kLayout, Start kStart, class Dot>
+static void multiply(Dot, int rows, int lanes, int depth, const typename Dot::Element* a, int64_t lda,
+                     const typename Dot::Element* b, int64_t ldb, float* c, int64_t ldc,
+                     const float* scale = nullptr) {
+    for_panels(lanes, [&](auto vectors, int lane) {
+        multiply_panel<decltype(vectors)::value, kLayout, kStart, Dot>(
+            rows, depth, a, lda, b + lane, ldb, c + lane, ldc,
+            kStart == Start::kScaled ? scale + lane : nullptr);
+    });
+}
+
+}  // namespace nabla::cpu::NABLA_ISA

@@ -1,0 +1,90 @@
+"""Native CPU kernels: the module nabla._cpu, for the best instruction set that this machine has."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nabla.grid import TokenGrid
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/params.h
+REASON_FILE = Path(__file__).parent.parent / "_cpu_build.txt"  # written by setup.py without kernels
+
+_forced: str | None = None
+
+
+def unavailable_reason() -> str | None:
+    """Return why the kernels cannot run in this installation, or None."""
+    try:
+        native()
+    except ImportError as error:
+        if REASON_FILE.exists():
+            return REASON_FILE.read_text().strip()
+        return f"the module nabla._cpu does not load: {error}"
+    return None
+
+
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that this machine can run the kernels with, the best first."""
+    return native().instruction_sets()
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Run the kernels of all threads with one instruction set, to test or to compare.
+
+    Raises:
+        ValueError: If this machine does not have it.
+    """
+    global _forced
+    if name not in instruction_sets():
+        raise ValueError(
+            f"instruction set {name!r} is not among those of this machine: "
+            f"{', '.join(instruction_sets())}"
+        )
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.cache
+def native() -> ModuleType:
+    """Return the compiled module."""
+    from nabla import _cpu
+
+    return _cpu
+
+
+def launch(stage: str, **fields) -> None:
+    """Run one stage with the fields of its Params and with as many threads as torch uses."""
+    instruction_set = _forced or _best_instruction_set()
+    getattr(native(), stage)(instruction_set, threads=torch.get_num_threads(), **fields)
+
+
+def view(x: Tensor) -> tuple[int, int, int, int]:
+    """Return a tensor [B, H, S, D] with contiguous D as pointer and strides."""
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+@functools.lru_cache(maxsize=64)
+def starts(grid: TokenGrid) -> Tensor:
+    """Return the first token of every block of a grid, then its number of tokens."""
+    return grid.starts("cpu")
+
+
+def blocks(grid: TokenGrid) -> tuple[int, ...]:
+    """Return a grid as Blocks of csrc/params.h; `starts` keeps the tensor that it points to."""
+    return (starts(grid).data_ptr(), grid.num_blocks, grid.num_grid_blocks, *grid.blocks)
+
+
+@functools.cache
+def _best_instruction_set() -> str:
+    return instruction_sets()[0]

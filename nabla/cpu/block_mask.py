@@ -1,0 +1,64 @@
+"""Block selection with the native kernels: without a sort, and without a map of all heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nabla.cpu import blocks, launch
+from nabla.cpu.scores import block_means, score_fields
+from nabla.grid import TokenGrid, Window
+
+
+def select_blocks(
+    scores: Tensor, top_p: Tensor, grid: TokenGrid, window: Window | None, q_block_offset: int
+) -> Tensor:
+    """Bits [B, H, Nq, ceil(Nk / 32)]: fewest blocks of a row that hold top_p of its scores."""
+    scores = scores.contiguous()
+    batch, heads, q_blocks, _ = scores.shape
+    fields = dict(
+        batch=batch,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=0,
+        q_blocks=q_blocks,
+        q_block_offset=q_block_offset,
+        blocks=blocks(grid),
+        scale=1.0,
+        q_mean=None,
+        k_mean=None,
+        k_mean_stride=0,
+    )
+    return _block_mask(fields, scores, top_p, window)
+
+
+def create_block_mask(
+    q: Tensor,
+    k: Tensor,
+    top_p: Tensor,
+    grid: TokenGrid,
+    window: Window | None,
+    q_block_offset: int,
+    scale: float,
+) -> Tensor:
+    """Bits [B, H, Nq, ceil(Nk / 32)] of the NABLA mask of q and k."""
+    means = block_means(q, k, grid, q_block_offset)
+    return _block_mask(score_fields(means, grid, q_block_offset, scale), None, top_p, window)
+
+
+def _block_mask(
+    fields: dict, scores: Tensor | None, top_p: Tensor, window: Window | None
+) -> Tensor:
+    words = -(-fields["blocks"][1] // 32)
+    shape = (fields["batch"], fields["heads"], fields["q_blocks"], words)
+    bits = torch.empty(shape, dtype=torch.int32)
+    top_p = top_p.contiguous()
+    launch(
+        "block_mask",
+        scores=None if scores is None else scores.data_ptr(),
+        top_p=top_p.data_ptr(),
+        window=window or (0, 0, 0),
+        bits=bits.data_ptr(),
+        **fields,
+    )
+    return bits
