@@ -59,6 +59,12 @@ def _never() -> None:
     return None
 
 
+def _cpu_unavailable() -> str | None:
+    from nabla import cpu
+
+    return cpu.unavailable_reason()
+
+
 def _not_in_this_version(kernels: str) -> Callable[[], str]:
     return lambda: f"this version of nabla has no {kernels} kernels"
 
@@ -72,6 +78,14 @@ BACKENDS = (
         range(16, 257, 16),
         BLOCK_SIZES,
         _not_in_this_version("Triton"),
+    ),
+    Backend(
+        "cpu",
+        ("cpu",),
+        (*HALF_DTYPES, torch.float32),
+        range(32, 257, 16),
+        BLOCK_SIZES,
+        _cpu_unavailable,
     ),
     Backend(
         "reference",

@@ -225,8 +225,9 @@ def test_a_mask_that_keeps_nothing(backend, run):
 
 
 def test_large_scores_do_not_overflow(backend):
-    grid = TokenGrid(2, 8, 16)
-    q, k, v, dout, keep = problem(grid)
+    """Many rows: the error of one is that of its two closest scores, whoever computes it."""
+    grid = TokenGrid(2, 16, 16)
+    q, k, v, dout, keep = problem(grid, (4, 4), batch=2)
     check(q * 30, k * 30, v, dout, keep, grid, backend)
 
 
