@@ -39,13 +39,17 @@ def block_runs(grid):
 
 def num_video_blocks(grid):
     return math.prod(
-        math.ceil(n / b) for n, b in zip((grid.frames, grid.height, grid.width), grid.block)
+        math.ceil(n / b)
+        for n, b in zip((grid.frames, grid.height, grid.width), grid.block, strict=True)
     )
 
 
 def window_mask(grid, window):
     """Booleans [N, N]: the sliding tile window, and the rows and columns of extra tokens."""
-    extents = [math.ceil(n / b) for n, b in zip((grid.frames, grid.height, grid.width), grid.block)]
+    extents = [
+        math.ceil(n / b)
+        for n, b in zip((grid.frames, grid.height, grid.width), grid.block, strict=True)
+    ]
     blocks = [
         (t, h, w) for t in range(extents[0]) for h in range(extents[1]) for w in range(extents[2])
     ]
@@ -56,8 +60,10 @@ def window_mask(grid, window):
             if i >= len(blocks) or j >= len(blocks):
                 keep[i, j] = True
             elif window is not None:
-                distance = [abs(a - b) for a, b in zip(blocks[i], blocks[j])]
-                keep[i, j] = all(d <= extent // 2 for d, extent in zip(distance, window))
+                distance = [abs(a - b) for a, b in zip(blocks[i], blocks[j], strict=True)]
+                keep[i, j] = all(
+                    d <= extent // 2 for d, extent in zip(distance, window, strict=True)
+                )
     return keep
 
 
@@ -97,12 +103,12 @@ def fewest(row, top_p):
 def assert_selects(keep, scores, top_p, always, band=1e-6, closeness=4e-6):
     """Check rows of a mask against float64 scores.
 
-    Outside a band of mass around the cut, and between scores that are not nearly equal, a row is exactly
-    the one that `fewest` keeps; its mass is never below top_p beyond the band.
+    Outside a band of mass around the cut, and between scores that are not nearly equal, a row is
+    exactly the one that `fewest` keeps; its mass is never below top_p beyond the band.
     """
     rows = keep.flatten(0, -2), scores.flatten(0, -2), always.expand_as(keep).flatten(0, -2)
     top_p = top_p.view(1, -1, 1).expand(keep.shape[:-1]).flatten()
-    for kept, row, forced, p in zip(*(x.tolist() for x in (*rows, top_p))):
+    for kept, row, forced, p in zip(*(x.tolist() for x in (*rows, top_p)), strict=True):
         least, most = fewest(row, p - band), fewest(row, min(p + band, 1.0))
         lowest = min(row[j] for j in least)
         certain = {j for j in least if row[j] > lowest * (1 + closeness)}

@@ -58,15 +58,17 @@ def check(q, k, v, dout, keep, grid, backend, q_block_offset=0, dlse=None, run=N
     low = gradients(sdpa if dlse is None else oracle, q, k, v, dout, dlse)
     doubles = (None if x is None else x.double() for x in (q, k, v, dout, dlse))
     exact = gradients(oracle, *doubles)
-    for name, x, y in zip(("out", "dq", "dk", "dv"), (actual[0], *actual[2:]), (q, q, k, v)):
+    for name, x, y in zip(
+        ("out", "dq", "dk", "dv"), (actual[0], *actual[2:]), (q, q, k, v), strict=True
+    ):
         assert x.dtype == q.dtype and x.shape == y.shape, name
     assert actual[1].dtype == torch.float32
     nothing = exact[1] == -torch.inf
     assert torch.equal(actual[1] == -torch.inf, nothing)
-    for x, y, z in zip(actual[:2], low[:2], exact[:2]):
+    for x, y, z in zip(actual[:2], low[:2], exact[:2], strict=True):
         assert_as_accurate_as(*(t.where(t != -torch.inf, 0) for t in (x, y, z)))
     largest = max(x.abs().max() for x in exact[2:])  # dq and dk may cancel to 0, as with one key
-    for x, y, z in zip(actual[2:], low[2:], exact[2:]):
+    for x, y, z in zip(actual[2:], low[2:], exact[2:], strict=True):
         assert_as_accurate_as(x, y, z, factor=3.0, magnitude=largest)
     for x in (actual[0], actual[2]):
         assert (x[nothing] == 0).all()
@@ -166,7 +168,7 @@ def test_garbage_bits_are_ignored(backend):
         )
         for m in (mask, garbage)
     ]
-    for clean, dirty in zip(*results):
+    for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
 
 
@@ -191,13 +193,17 @@ def test_poison_reaches_who_attends_to_it_and_no_one_else(backend, poison, which
     row = torch.zeros(q.shape[2], dtype=torch.bool)
     row[slice(*block_runs(grid)[2])] = True
     assert not dirty[0][:, 0, row].isfinite().any()  # out of the row that attends to it
-    for x, y in zip(dirty[:3], clean[:3]):  # out, lse and dq of the others are untouched
+    for x, y in zip(
+        dirty[:3], clean[:3], strict=True
+    ):  # out, lse and dq of the others are untouched
         assert torch.equal(x[:, 1], y[:, 1])
         assert torch.equal(x[:, 0, ~row], y[:, 0, ~row])
     unkept = torch.ones(grid.num_blocks, dtype=torch.bool)
     unkept[keep[0, 0, 2].nonzero()] = False
     for index, (tokens_start, tokens_stop) in enumerate(block_runs(grid)):
-        for x, y in zip(dirty[3:], clean[3:]):  # dk, dv of the blocks that the row does not keep
+        for x, y in zip(
+            dirty[3:], clean[3:], strict=True
+        ):  # dk, dv of the blocks that the row does not keep
             assert torch.equal(x[:, 1, tokens_start:tokens_stop], y[:, 1, tokens_start:tokens_stop])
             if unkept[index]:
                 assert torch.equal(
@@ -241,7 +247,7 @@ def test_deterministic(backend):
 
     first = gradients(ours, q, k, v, dout, dlse)
     for _ in range(3):
-        for x, y in zip(first, gradients(ours, q, k, v, dout, dlse)):
+        for x, y in zip(first, gradients(ours, q, k, v, dout, dlse), strict=True):
             assert torch.equal(x, y)
 
 

@@ -55,7 +55,7 @@ def test_ties_are_kept_lowest_index_first(backend, rows, top_p):
     scores = torch.tensor(rows)[None, None]
     mask = nabla.select_blocks(scores, TokenGrid(6, 8, 8), top_p=top_p, backend=backend)
     exact_p = torch.tensor(top_p).item()  # as float32
-    for kept, row in zip(mask.to_dense()[0, 0].tolist(), rows):
+    for kept, row in zip(mask.to_dense()[0, 0].tolist(), rows, strict=True):
         assert {j for j, is_kept in enumerate(kept) if is_kept} == fewest(row, exact_p)
 
 
@@ -176,7 +176,9 @@ def test_dense_round_trip(num_blocks):
     assert mask.density().shape == ()
     torch.testing.assert_close(mask.density(), keep.float().mean())
     counts, indices = mask.indices()
-    for row, count, listed in zip(keep.flatten(0, 2), counts.flatten(), indices.flatten(0, 2)):
+    for row, count, listed in zip(
+        keep.flatten(0, 2), counts.flatten(), indices.flatten(0, 2), strict=True
+    ):
         assert listed[:count].tolist() == row.nonzero().flatten().tolist()
         assert sorted(listed.tolist()) == list(range(num_blocks))
 
@@ -192,7 +194,7 @@ def test_garbage_past_the_last_block_is_ignored(num_blocks):
     assert torch.equal(mask.to_dense(), keep)
     assert torch.equal(mask.density(), clean.density())
     assert torch.equal(mask.transpose().bits, clean.transpose().bits)
-    for ours, theirs in zip(mask.indices(), clean.indices()):
+    for ours, theirs in zip(mask.indices(), clean.indices(), strict=True):
         assert torch.equal(ours, theirs)
 
 

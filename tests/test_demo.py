@@ -44,7 +44,9 @@ def test_trained_weights_continue_held_out_frames(model):
     real = demo.centre(read_clip(demo.CLIP, start=demo.HELD_OUT, frames=4, stride=2), 128, 128)
     sampled = demo.continue_clip(model, real, DenseAttention(), steps=4)
     noise = torch.randint(0, 256, real.shape, dtype=torch.uint8)
-    assert torch.equal(sampled[0], demo.continue_clip(model, real[:1], DenseAttention(), steps=1)[0])
+    assert torch.equal(
+        sampled[0], demo.continue_clip(model, real[:1], DenseAttention(), steps=1)[0]
+    )
     assert demo.psnr(sampled[1:], real[1:]) > demo.psnr(noise[1:], real[1:]) + 10
 
 

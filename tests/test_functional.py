@@ -102,7 +102,7 @@ def test_checkpointing_recomputes_the_same(backend):
     plain = torch.autograd.grad(ours(q, k, v).square().sum(), (q, k, v))
     out = torch.utils.checkpoint.checkpoint(ours, q, k, v, use_reentrant=False)
     again = torch.autograd.grad(out.square().sum(), (q, k, v))
-    for x, y in zip(plain, again):
+    for x, y in zip(plain, again, strict=True):
         assert torch.equal(x, y)
 
 

@@ -79,7 +79,7 @@ def test_fakes_match_strides_and_dtypes(name, layout):
             *(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in real_arguments)
         )
     single = isinstance(real, torch.Tensor)
-    for x, y in zip([real] if single else real, [fake] if single else fake):
+    for x, y in zip([real] if single else real, [fake] if single else fake, strict=True):
         assert (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
 
 
@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
 
 
 def test_the_backward_is_the_registered_one():
-    """Without a formula PyTorch would differentiate the reference by itself, and this would fail."""
+    """Without a formula PyTorch would differentiate the reference by itself: this would fail."""
     q, k, v = (smooth_tokens(GRID).requires_grad_() for _ in range(3))
     mask = nabla.sliding_tile_mask(GRID, (1, 1, 1))
     out = nabla.block_sparse_attention(q, k, v, mask)
@@ -134,7 +134,7 @@ def test_compiled_training_step(backend):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = function(*leaves)
         results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
-    for eager, compiled in zip(*results):
+    for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, atol=1e-6 * eager.abs().max().item(), rtol=1e-5)
 
 

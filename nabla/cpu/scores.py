@@ -24,7 +24,11 @@ def pooled_scores(
     means = block_means(q, k, grid, q_block_offset)
     q_mean, _ = means
     scores = q_mean.new_empty(*q_mean.shape[:3], grid.num_blocks)
-    launch("pooled_scores", scores=scores.data_ptr(), **score_fields(means, grid, q_block_offset, scale))
+    launch(
+        "pooled_scores",
+        scores=scores.data_ptr(),
+        **score_fields(means, grid, q_block_offset, scale),
+    )
     return scores
 
 
