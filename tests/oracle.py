@@ -1,5 +1,6 @@
 """What the stages mean, by brute force in float64: loops over tokens, blocks and rows."""
 
+import itertools
 import math
 
 import torch
@@ -37,22 +38,18 @@ def block_runs(grid):
     return runs
 
 
+def extents_in_blocks(grid):
+    extents = (grid.frames, grid.height, grid.width)
+    return [math.ceil(n / b) for n, b in zip(extents, grid.block, strict=True)]
+
+
 def num_video_blocks(grid):
-    return math.prod(
-        math.ceil(n / b)
-        for n, b in zip((grid.frames, grid.height, grid.width), grid.block, strict=True)
-    )
+    return math.prod(extents_in_blocks(grid))
 
 
 def window_mask(grid, window):
     """Booleans [N, N]: the sliding tile window, and the rows and columns of extra tokens."""
-    extents = [
-        math.ceil(n / b)
-        for n, b in zip((grid.frames, grid.height, grid.width), grid.block, strict=True)
-    ]
-    blocks = [
-        (t, h, w) for t in range(extents[0]) for h in range(extents[1]) for w in range(extents[2])
-    ]
+    blocks = list(itertools.product(*map(range, extents_in_blocks(grid))))
     num = len(block_tokens(grid))
     keep = torch.zeros(num, num, dtype=torch.bool)
     for i in range(num):
@@ -60,10 +57,8 @@ def window_mask(grid, window):
             if i >= len(blocks) or j >= len(blocks):
                 keep[i, j] = True
             elif window is not None:
-                distance = [abs(a - b) for a, b in zip(blocks[i], blocks[j], strict=True)]
-                keep[i, j] = all(
-                    d <= extent // 2 for d, extent in zip(distance, window, strict=True)
-                )
+                axes = zip(blocks[i], blocks[j], window, strict=True)
+                keep[i, j] = all(abs(a - b) <= extent // 2 for a, b, extent in axes)
     return keep
 
 
