@@ -108,7 +108,8 @@ PRESETS = {
         axes_dims=(32, 48, 48), visual_cond=False,
     ),
     "tiny": CrossDiTConfig(
-        model_dim=192, ff_dim=512, time_dim=64, num_text_blocks=1, num_visual_blocks=5,
-        axes_dims=(16, 16, 16), in_text_dim=32, in_text_dim2=32, top_p=0.7, window=(3, 1, 1),
+        model_dim=128, ff_dim=512, time_dim=64, num_text_blocks=1, num_visual_blocks=5,
+        axes_dims=(8, 12, 12), in_text_dim=32, in_text_dim2=32, rope_scale=(1.0, 0.4, 0.4),
+        top_p=0.7, window=(3, 1, 1),
     ),
 }  # fmt: skip

@@ -53,7 +53,7 @@ def test_trained_weights_continue_held_out_frames(model):
 def test_recorder_keeps_every_layer_and_changes_nothing(model):
     q, k, v, grid = demo.long_attention(model, 2)
     assert grid == nabla.TokenGrid(2, 16, 16)
-    assert q.shape == k.shape == v.shape == (1, 4, 512, 48)
+    assert q.shape == k.shape == v.shape == (1, 4, 512, 32)
     recorder = demo.Recorder(DenseAttention())
     assert torch.equal(recorder(q, k, v, grid), DenseAttention()(q, k, v, grid))
     assert recorder.calls == [(q, k, v, grid)]

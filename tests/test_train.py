@@ -9,7 +9,16 @@ from typer.testing import CliRunner
 from kandinsky_model import CrossDiT, CrossDiTConfig, train
 from kandinsky_model.checkpoint import load_checkpoint
 from kandinsky_model.codec import CosineCodec
-from kandinsky_model.train import Recipe, Source, Trainer, Windows, flow_loss, learning_rate
+from kandinsky_model.sampler import empty_text, model_input
+from kandinsky_model.train import (
+    Recipe,
+    Source,
+    Trainer,
+    Windows,
+    flow_loss,
+    initialize,
+    learning_rate,
+)
 
 CONFIG = CrossDiTConfig(
     model_dim=64, ff_dim=128, time_dim=32, num_text_blocks=1, num_visual_blocks=2,
@@ -25,7 +34,7 @@ def windows() -> Windows:
 
 def trainer(windows: Windows, recipe: Recipe = RECIPE) -> Trainer:
     torch.manual_seed(recipe.seed)
-    return Trainer(CrossDiT(CONFIG), windows, recipe)
+    return Trainer(initialize(CrossDiT(CONFIG)), windows, recipe)
 
 
 def held_loss(model: CrossDiT, windows: Windows) -> float:
@@ -34,6 +43,27 @@ def held_loss(model: CrossDiT, windows: Windows) -> float:
     latents = windows.draw(replace(RECIPE, batch=8), generator)
     with torch.no_grad():
         return flow_loss(model, latents, generator, shift=RECIPE.shift).item()
+
+
+def test_initialization_returns_the_noisy_latents_and_looks_at_its_own_place(windows):
+    torch.manual_seed(0)
+    model = initialize(CrossDiT(CONFIG))
+    noise = torch.randn(1, 2, 16, 16, 16)
+    calls = []
+
+    def attention(q, k, v, grid):
+        calls.append((q, k))
+        return v
+
+    with torch.no_grad():
+        velocity = model(
+            model_input(noise), *empty_text(CONFIG, 1), torch.ones(1), attention=attention
+        )
+    assert torch.cosine_similarity(velocity.flatten(), noise.flatten(), dim=0) > 0.9
+    for q, k in calls:
+        scores = (q @ k.transpose(-2, -1)).mean(1)[0].view(2, 64, 2, 64)  # the mean over heads
+        own = scores.diagonal(dim1=1, dim2=3).mean()
+        assert own > scores.mean() + scores.std()
 
 
 def test_twenty_steps_reduce_the_loss(windows):
