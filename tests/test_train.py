@@ -34,7 +34,7 @@ def windows() -> Windows:
 
 def trainer(windows: Windows, recipe: Recipe = RECIPE) -> Trainer:
     torch.manual_seed(recipe.seed)
-    return Trainer(initialize(CrossDiT(CONFIG)), windows, recipe)
+    return Trainer(CrossDiT(CONFIG), windows, recipe)
 
 
 def held_loss(model: CrossDiT, windows: Windows) -> float:
