@@ -193,7 +193,7 @@ def test_poison_reaches_who_attends_to_it_and_no_one_else(backend, poison, which
     row = torch.zeros(q.shape[2], dtype=torch.bool)
     row[slice(*block_runs(grid)[2])] = True
     assert not dirty[0][:, 0, row].isfinite().any()  # out of the row that attends to it
-    # out, lse and dq of the other rows are untouched, and dk and dv of the blocks that the row drops
+    # out, lse and dq of the other rows are untouched, and dk and dv of the blocks it drops
     for x, y in zip(dirty[:3], clean[:3], strict=True):
         assert torch.equal(x[:, 1], y[:, 1])
         assert torch.equal(x[:, 0, ~row], y[:, 0, ~row])
