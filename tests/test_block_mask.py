@@ -59,6 +59,16 @@ def test_ties_are_kept_lowest_index_first(backend, rows, top_p):
         assert {j for j, is_kept in enumerate(kept) if is_kept} == fewest(row, exact_p)
 
 
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])
+def test_ties_in_long_rows(backend, top_p):
+    grid = TokenGrid(700, 8, 8)
+    scores = torch.randint(0, 5, (1, 1, 3, 700)) / 4.0  # sums are exact in float32
+    mask = nabla.select_blocks(scores, grid, top_p=top_p, backend=backend)
+    exact_p = torch.tensor(top_p).item()  # as float32
+    for kept, row in zip(mask.to_dense()[0, 0], scores[0, 0].tolist(), strict=True):
+        assert set(kept.nonzero().flatten().tolist()) == fewest(row, exact_p)
+
+
 def test_uniform_scores_keep_exactly_the_share(backend, run):
     scores = torch.full((1, 1, 4, 4), 0.25)
     mask = run(nabla.select_blocks, scores, TokenGrid(4, 8, 8), top_p=0.5, backend=backend)
