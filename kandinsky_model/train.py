@@ -26,7 +26,7 @@ from kandinsky_model.checkpoint import save_checkpoint
 from kandinsky_model.clip import fit, read_clip
 from kandinsky_model.codec import PATCH, CosineCodec
 from kandinsky_model.config import PRESETS
-from kandinsky_model.model import CrossDiT
+from kandinsky_model.model import CrossDiT, TransformerDecoderBlock
 from kandinsky_model.sampler import empty_text, model_input
 
 
@@ -122,7 +122,7 @@ def initialize(model: CrossDiT) -> CrossDiT:
     """Start where a model this small would take thousands of steps to come.
 
     The output layer returns what the input layer took in, so the velocity starts as the noisy
-    latents; and the biases of queries and keys point the same way in the fastest half of the spatial
+    latents. The biases of queries and keys point the same way in the fastest half of the spatial
     RoPE, so every head starts by attending to its own place in all frames.
     """
     config = model.config
@@ -133,6 +133,7 @@ def initialize(model: CrossDiT) -> CrossDiT:
     length = (patch * channels / dim) ** 0.5  # of a token after its layer norm, relative to before
     model.out_layer.out_layer.weight.copy_(length * rearrange(basis, "d p c -> (c p) d"))
     for block in model.visual_transformer_blocks:
+        assert isinstance(block, TransformerDecoderBlock)
         attention = block.self_attention
         for layer in (attention.to_query, attention.to_key):
             _, *spatial = layer.bias.view(-1, config.head_dim).split(config.axes_dims, dim=-1)
@@ -255,7 +256,8 @@ def main(
     attention = DenseAttention() if dense else None
     recipe = Recipe(steps, batch, frames, size=size, lr=lr, seed=seed, attention=attention)
     torch.manual_seed(seed)
-    trainer = Trainer(initialize(CrossDiT(PRESETS["tiny"])), Windows(SOURCES, CosineCodec()), recipe)
+    model = initialize(CrossDiT(PRESETS["tiny"]))
+    trainer = Trainer(model, Windows(SOURCES, CosineCodec()), recipe)
     state = output.with_suffix(".state.safetensors")
     if resume:
         trainer.resume(state)
