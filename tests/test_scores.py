@@ -54,6 +54,15 @@ def test_pooled_scores(backend, grid, dtype, heads):
     )
 
 
+@pytest.mark.parametrize("first", [1, 4, 7])
+def test_pooled_scores_of_a_slice(backend, run, first):
+    grid = TokenGrid(2, 17, 8, extra=100)  # 6 blocks of video, then 2 of extra tokens
+    q, k = tokens(grid), tokens(grid)
+    rows = q[:, :, grid.block_start(first) :]
+    part = run(nabla.pooled_scores, rows, k, grid, q_block_offset=first, backend=backend)
+    assert torch.equal(part, nabla.pooled_scores(q, k, grid, backend=backend)[:, :, first:])
+
+
 def test_pooled_scores_of_strided_tokens(backend):
     grid = TokenGrid(2, 16, 16)
     qk = torch.randn(2, grid.num_tokens, 2, 3, 32)
