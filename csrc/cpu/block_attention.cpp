@@ -84,16 +84,19 @@ void forward_tile(const AttentionParams& p, const ForwardArrays<T>& a, int b, in
     for (int i = 0; i < dim * lanes; ++i) a.out[i] = 0;
     for (int i = 0; i < lanes; ++i) a.top[i] = -kInfinity, a.total[i] = 0;
 
-    for_each_key_tile(p, bits_row(p, b, h, block), 0, p.blocks.count, [&](int key, int keys) {
+    for_each_key_tile(p, bits_row(p, b, h, block), 0, p.blocks.count, [&](int key, int keys, int next) {
+        const T* keys_v = at<T>(p.v, b, kv_head, key);
         const auto k = rows_of(at<T>(p.k, b, kv_head, key), p.k.stride_s, keys, dim, a.k);
-        const auto v = steps_of(at<T>(p.v, b, kv_head, key), p.v.stride_s, keys, dim, a.v);
         multiply<Layout::kRows, Start::kZero>(Dot<T>{}, keys, lanes, dim / kPair<T>, k.data, k.stride, a.q,
-                                              lanes, a.scores, lanes);
+                                              lanes, a.scores, lanes, nullptr,
+                                              prefetch_rows(keys_v, p.v.stride_s, keys, dim));
         for_panels(lanes, [&](auto vectors, int lane) {
             softmax_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, p.scale * kLog2E);
         });
-        multiply<Layout::kColumns, Start::kScaled>(Dot<T>{}, dim, lanes, (keys + kPair<T> - 1) / kPair<T>,
-                                                   v.data, v.stride, a.p, lanes, a.out, lanes, a.correction);
+        const auto v = steps_of(keys_v, p.v.stride_s, keys, dim, a.v);
+        multiply<Layout::kColumns, Start::kScaled>(
+            Dot<T>{}, dim, lanes, (keys + kPair<T> - 1) / kPair<T>, v.data, v.stride, a.p, lanes, a.out, lanes,
+            a.correction, prefetch_rows(at<T>(p.k, b, kv_head, next), p.k.stride_s, keys, dim));
     });
 
     float* lse = p.lse + (static_cast<int64_t>(b) * p.heads + h) * query_start(p, p.q_blocks) + row;

@@ -22,16 +22,28 @@ static inline const uint32_t* bits_row(const AttentionParams& p, int b, int h, i
     return p.bits + b * p.bits_stride_b + h * p.bits_stride_h + static_cast<int64_t>(block) * words;
 }
 
-// Call visit(first token, tokens) for tiles of the kept keys of one row within the blocks begin .. end - 1.
-// Neighbouring kept blocks are joined: their tokens are contiguous.
+// Call visit(first token, tokens, first token of the next tile) for tiles of the kept keys of one row within
+// the blocks begin .. end - 1; the last tile is its own next. Neighbouring kept blocks are joined: their
+// tokens are contiguous.
 template <class Visit>
 static inline void for_each_key_tile(const AttentionParams& p, const uint32_t* bits, int begin, int end,
                                      Visit visit) {
+    int key = 0, keys = 0;  // the tile that waits for its next
     for_each_run(bits, begin, end, [&](int first, int last) {
         const int stop = p.blocks.starts[last];
-        for (int key = p.blocks.starts[first]; key < stop; key += kKeyTile)
-            visit(key, stop - key < kKeyTile ? stop - key : kKeyTile);
+        for (int next = p.blocks.starts[first]; next < stop; next += kKeyTile) {
+            if (keys) visit(key, keys, next);
+            key = next;
+            keys = stop - next < kKeyTile ? stop - next : kKeyTile;
+        }
     });
+    if (keys) visit(key, keys, key);
+}
+
+template <class T>
+static inline Prefetch prefetch_rows(const T* x, int64_t stride, int n, int dim) {
+    const int64_t size = sizeof(T);
+    return {x, stride * size, n, static_cast<int>(dim * size)};
 }
 
 // Call visit(first token within q, tokens, lanes) for the tiles of query block i.

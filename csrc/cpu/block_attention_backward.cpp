@@ -14,7 +14,9 @@
 namespace nabla::cpu::NABLA_ISA {
 namespace {
 
-constexpr int kChunkBlocks = 8;  // about as many as stay in the second-level cache
+constexpr int kMostChunkBlocks = 32;    // more would leave the second-level cache
+constexpr int kFewestChunkBlocks = 8;   // fewer would pack each query block too often
+constexpr int kRoundTasks = 32;         // wanted between these bounds, to feed the threads
 
 template <class T>
 struct BackwardArrays {
@@ -124,26 +126,33 @@ void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
     for (int i = 0; i < dim * lanes; ++i) a.dq[i] = 0;
     const int query_steps = (n + kPair<T> - 1) / kPair<T>;
 
-    for_each_key_tile(f, bits, begin, end, [&](int key, int keys) {
-        const auto k = rows_of(at<T>(f.k, tile.b, kv_head, key), f.k.stride_s, keys, dim, a.k);
-        const auto v = rows_of(at<T>(f.v, tile.b, kv_head, key), f.v.stride_s, keys, dim, a.v);
-        const auto k_steps = steps_of(at<T>(f.k, tile.b, kv_head, key), f.k.stride_s, keys, dim, a.k_steps);
-        const Dot<T> dot;
-        multiply<Layout::kRows, Start::kZero>(dot, keys, lanes, dim / kPair<T>, k.data, k.stride, a.q_lanes,
-                                              lanes, a.scores, lanes);
-        multiply<Layout::kRows, Start::kZero>(dot, keys, lanes, dim / kPair<T>, v.data, v.stride,
-                                              a.dout_lanes, lanes, a.dp, lanes);
+    const Dot<T> dot;
+    for_each_key_tile(f, bits, begin, end, [&](int key, int keys, int next) {
+        const T* k = at<T>(f.k, tile.b, kv_head, key);
+        const T* v = at<T>(f.v, tile.b, kv_head, key);
+        float* dk = at<float>(p.dk_sum, tile.b, kv_head, key);
+        float* dv = at<float>(p.dv_sum, tile.b, kv_head, key);
+        const auto k_rows = rows_of(k, f.k.stride_s, keys, dim, a.k);
+        multiply<Layout::kRows, Start::kZero>(dot, keys, lanes, dim / kPair<T>, k_rows.data, k_rows.stride,
+                                              a.q_lanes, lanes, a.scores, lanes, nullptr,
+                                              prefetch_rows(v, f.v.stride_s, keys, dim));
+        const auto v_rows = rows_of(v, f.v.stride_s, keys, dim, a.v);
+        multiply<Layout::kRows, Start::kZero>(dot, keys, lanes, dim / kPair<T>, v_rows.data, v_rows.stride,
+                                              a.dout_lanes, lanes, a.dp, lanes, nullptr,
+                                              prefetch_rows(dv, p.dv_sum.stride_s, keys, dim));
         for_panels(lanes, [&](auto vectors, int lane) {
             gradient_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, f.scale);
         });
         multiply<Layout::kRows, Start::kAdd>(dot, keys, dim, query_steps, a.p, lanes / kPair<T>,
-                                             dout_steps.data, dout_steps.stride,
-                                             at<float>(p.dv_sum, tile.b, kv_head, key), p.dv_sum.stride_s);
-        multiply<Layout::kRows, Start::kAdd>(dot, keys, dim, query_steps, a.ds, lanes / kPair<T>,
-                                             q_steps.data, q_steps.stride,
-                                             at<float>(p.dk_sum, tile.b, kv_head, key), p.dk_sum.stride_s);
-        multiply<Layout::kColumns, Start::kAdd>(dot, dim, lanes, (keys + kPair<T> - 1) / kPair<T>,
-                                                k_steps.data, k_steps.stride, a.ds_steps, lanes, a.dq, lanes);
+                                             dout_steps.data, dout_steps.stride, dv, p.dv_sum.stride_s, nullptr,
+                                             prefetch_rows(dk, p.dk_sum.stride_s, keys, dim));
+        multiply<Layout::kRows, Start::kAdd>(dot, keys, dim, query_steps, a.ds, lanes / kPair<T>, q_steps.data,
+                                             q_steps.stride, dk, p.dk_sum.stride_s);
+        const auto k_steps = steps_of(k, f.k.stride_s, keys, dim, a.k_steps);
+        multiply<Layout::kColumns, Start::kAdd>(
+            dot, dim, lanes, (keys + kPair<T> - 1) / kPair<T>, k_steps.data, k_steps.stride, a.ds_steps, lanes,
+            a.dq, lanes, nullptr,
+            prefetch_rows(at<T>(f.k, tile.b, kv_head, next), f.k.stride_s, keys, dim));
     });
 
     float* dq = at<float>(p.dq_sum, tile.b, tile.h, tile.row);
@@ -155,23 +164,22 @@ void zero_rows(const View& view, int b, int h, int64_t begin, int64_t end, int d
     for (int64_t s = begin; s < end; ++s) std::memset(at<float>(view, b, h, s), 0, dim * sizeof(float));
 }
 
-// Call visit(b, h, first row, last row) in parallel for pieces of `rows` rows of each head.
-template <class Visit>
-void for_each_piece(int threads, int batch, int heads, int64_t rows, Visit visit) {
-    constexpr int64_t kPiece = 256;
-    const int64_t pieces = (rows + kPiece - 1) / kPiece;
-    parallel_for(threads, batch * heads * pieces, [&](int64_t task, int) {
-        const int64_t begin = task % pieces * kPiece, end = begin + kPiece < rows ? begin + kPiece : rows;
-        visit(task / pieces / heads, task / pieces % heads, begin, end);
-    });
+// Round the finished sums to the element type; in float32 they are the result.
+template <class T>
+void round_rows(const View& sums, const View& out, int b, int h, int64_t begin, int64_t end, int dim) {
+    if constexpr (!kSame<T, float>)
+        for (int64_t s = begin; s < end; ++s)
+            for (int d = 0; d < dim; d += kWidth) store(at<T>(out, b, h, s) + d, load(at<float>(sums, b, h, s) + d));
 }
 
 template <class T>
 void compute_delta(const AttentionBackwardParams& p) {
     const AttentionParams& f = p.forward;
     const int64_t rows = query_start(f, f.q_blocks);
-    for_each_piece(f.threads, f.batch, f.heads, rows, [&](int64_t b, int64_t h, int64_t begin, int64_t end) {
-        for (int64_t s = begin; s < end; ++s) {
+    const int64_t tasks = static_cast<int64_t>(f.batch) * f.heads * f.q_blocks;
+    parallel_for(f.threads, tasks, [&](int64_t task, int) {
+        const int64_t block = task % f.q_blocks, h = task / f.q_blocks % f.heads, b = task / f.q_blocks / f.heads;
+        for (int64_t s = query_start(f, block); s < query_start(f, block + 1); ++s) {
             const T *dout = at<T>(p.dout, b, h, s), *out = at<T>(f.out, b, h, s);
             Floats total{};
             for (int d = 0; d < f.head_dim; d += kWidth) total += load(dout + d) * load(out + d);
@@ -181,24 +189,50 @@ void compute_delta(const AttentionBackwardParams& p) {
     });
 }
 
+// How many chunks the query blocks and the key blocks are cut into.
+int count_chunks(const AttentionParams& f) {
+    const auto divide_up = [](int n, int by) { return (n + by - 1) / by; };
+    const int fewer = f.q_blocks < f.blocks.count ? f.q_blocks : f.blocks.count;
+    const int for_cache = divide_up(fewer, kMostChunkBlocks), most = divide_up(fewer, kFewestChunkBlocks);
+    const int for_threads = divide_up(kRoundTasks, f.batch * f.kv_heads);
+    const int wanted = for_cache > for_threads ? for_cache : for_threads;
+    return wanted < most ? wanted : most;
+}
+
+// One task of one round: the kept pairs of blocks of a query chunk and a key chunk.
 template <class T>
-void round_sums(int threads, int batch, int heads, int64_t rows, int dim, const View& sums, const View& out) {
-    for_each_piece(threads, batch, heads, rows, [&](int64_t b, int64_t h, int64_t begin, int64_t end) {
-        for (int64_t s = begin; s < end; ++s) {
-            const float* x = at<float>(sums, b, h, s);
-            T* y = at<T>(out, b, h, s);
-            for (int d = 0; d < dim; d += kWidth) store(y + d, load(x + d));
+void backward_chunks(const AttentionBackwardParams& p, const BackwardArrays<T>& a, int b, int kv_head,
+                     int q_begin, int q_end, int k_begin, int k_end, bool first, bool last) {
+    const AttentionParams& f = p.forward;
+    const int group = f.heads / f.kv_heads, dim = f.head_dim;
+    const int64_t key = f.blocks.starts[k_begin], key_end = f.blocks.starts[k_end];
+    if (first) {
+        zero_rows(p.dk_sum, b, kv_head, key, key_end, dim);
+        zero_rows(p.dv_sum, b, kv_head, key, key_end, dim);
+    }
+    for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+        for (int i = q_begin; i < q_end; ++i) {
+            const uint32_t* bits = bits_row(f, b, h, i);
+            if (find_bit<true>(bits, k_begin, k_end) < k_end)
+                for_each_query_tile(f, i, [&](int64_t row, int n, int lanes) {
+                    backward_tile<T>(p, a, {b, h, row, n, lanes}, bits, k_begin, k_end, first);
+                });
+            else if (first)
+                zero_rows(p.dq_sum, b, h, query_start(f, i), query_start(f, i + 1), dim);
         }
-    });
+        if (last) round_rows<T>(p.dq_sum, p.dq, b, h, query_start(f, q_begin), query_start(f, q_end), dim);
+    }
+    if (last) {
+        round_rows<T>(p.dk_sum, p.dk, b, kv_head, key, key_end, dim);
+        round_rows<T>(p.dv_sum, p.dv, b, kv_head, key, key_end, dim);
+    }
 }
 
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
     const AttentionParams& f = p.forward;
-    const int group = f.heads / f.kv_heads;
-    const int fewer = f.q_blocks < f.blocks.count ? f.q_blocks : f.blocks.count;
-    const int chunks = (fewer + kChunkBlocks - 1) / kChunkBlocks;
+    const int chunks = count_chunks(f);
     const auto cut = [&](int64_t blocks, int chunk) { return static_cast<int>(blocks * chunk / chunks); };
     with_dtype(f.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
@@ -207,37 +241,12 @@ void attention_backward(const AttentionBackwardParams& p) {
         for (int round = 0; round < chunks; ++round) {
             const int64_t tasks = static_cast<int64_t>(f.batch) * f.kv_heads * chunks;
             parallel_for(f.threads, tasks, [&](int64_t task, int slot) {
-                const int chunk = task % chunks, kv_head = task / chunks % f.kv_heads,
-                          b = task / chunks / f.kv_heads;
-                const int other = (chunk + round) % chunks;
-                const int key_begin = cut(f.blocks.count, other), key_end = cut(f.blocks.count, other + 1);
-                const auto arrays = scratch.slot(slot, f.head_dim);
-                if (round == 0) {
-                    const int64_t begin = f.blocks.starts[key_begin], end = f.blocks.starts[key_end];
-                    zero_rows(p.dk_sum, b, kv_head, begin, end, f.head_dim);
-                    zero_rows(p.dv_sum, b, kv_head, begin, end, f.head_dim);
-                }
-                for (int h = kv_head * group; h < (kv_head + 1) * group; ++h)
-                    for (int i = cut(f.q_blocks, chunk); i < cut(f.q_blocks, chunk + 1); ++i) {
-                        const uint32_t* bits = bits_row(f, b, h, i);
-                        if (find_bit<true>(bits, key_begin, key_end) == key_end) {
-                            if (round == 0)
-                                zero_rows(p.dq_sum, b, h, query_start(f, i), query_start(f, i + 1), f.head_dim);
-                            continue;
-                        }
-                        for_each_query_tile(f, i, [&](int64_t row, int n, int lanes) {
-                            backward_tile<T>(p, arrays, {b, h, row, n, lanes}, bits, key_begin, key_end,
-                                             round == 0);
-                        });
-                    }
+                const int head = task / chunks, chunk = task % chunks, other = (chunk + round) % chunks;
+                backward_chunks<T>(p, scratch.slot(slot, f.head_dim), head / f.kv_heads, head % f.kv_heads,
+                                   cut(f.q_blocks, chunk), cut(f.q_blocks, chunk + 1),
+                                   cut(f.blocks.count, other), cut(f.blocks.count, other + 1), round == 0,
+                                   round == chunks - 1);
             });
-        }
-        if constexpr (!kSame<T, float>) {
-            const int64_t q_rows = query_start(f, f.q_blocks);
-            const int64_t k_rows = f.blocks.starts[f.blocks.count];
-            round_sums<T>(f.threads, f.batch, f.heads, q_rows, f.head_dim, p.dq_sum, p.dq);
-            round_sums<T>(f.threads, f.batch, f.kv_heads, k_rows, f.head_dim, p.dk_sum, p.dk);
-            round_sums<T>(f.threads, f.batch, f.kv_heads, k_rows, f.head_dim, p.dv_sum, p.dv);
         }
     });
 }

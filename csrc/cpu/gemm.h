@@ -27,6 +27,21 @@ struct BFloat16Dot {
 };
 #endif
 
+// Rows of memory that a product asks the caches for while it computes: those the next product reads.
+struct Prefetch {
+    const void* data = nullptr;
+    int64_t stride = 0;  // bytes
+    int rows = 0;
+    int bytes = 0;  // of each row
+
+    // The share of the rows that belongs to `begin` .. end - 1 of `of` steps.
+    void step(int begin, int end, int of) const {
+        for (int r = rows * begin / of; r < rows * end / of; ++r)
+            for (int i = 0; i < bytes; i += 64)
+                __builtin_prefetch(static_cast<const char*>(data) + r * stride + i, 0, 2);
+    }
+};
+
 enum class Layout { kRows, kColumns };       // A(r, k) is a[r * lda + k], or a[k * lda + r]
 enum class Start { kZero, kAdd, kScaled };   // C starts at 0, at C, or at C * scale[lane]
 
@@ -77,13 +92,16 @@ static inline void multiply_rest(int rows, Args... args) {
 template <int kVectors, Layout kLayout, Start kStart, class Dot>
 static void multiply_panel(int rows, int depth, const typename Dot::Element* a, int64_t lda,
                            const typename Dot::Element* b, int64_t ldb, float* c, int64_t ldc,
-                           const float* scale) {
+                           const float* scale, const Prefetch& prefetch) {
     constexpr int kRows = kTileVectors == 4 && kVectors < 4 ? 8 : 6;  // accumulators fill the registers
     constexpr auto row_step = [](int64_t lda) { return kLayout == Layout::kRows ? lda : 1; };
     int r = 0;
-    for (; r + kRows <= rows; r += kRows)
+    for (; r + kRows <= rows; r += kRows) {
+        prefetch.step(r, r + kRows, rows);
         multiply_tile<kRows, kVectors, kLayout, kStart, Dot>(depth, a + r * row_step(lda), lda, b, ldb,
                                                              c + r * ldc, ldc, scale);
+    }
+    prefetch.step(r, rows, rows);
     multiply_rest<kRows - 1, kVectors, kLayout, kStart, Dot>(
         rows - r, depth, a + r * row_step(lda), lda, b, ldb, c + r * ldc, ldc, scale);
 }
@@ -92,11 +110,11 @@ static void multiply_panel(int rows, int depth, const typename Dot::Element* a, 
 template <Layout kLayout, Start kStart, class Dot>
 static void multiply(Dot, int rows, int lanes, int depth, const typename Dot::Element* a, int64_t lda,
                      const typename Dot::Element* b, int64_t ldb, float* c, int64_t ldc,
-                     const float* scale = nullptr) {
+                     const float* scale = nullptr, const Prefetch& prefetch = {}) {
     for_panels(lanes, [&](auto vectors, int lane) {
         multiply_panel<decltype(vectors)::value, kLayout, kStart, Dot>(
             rows, depth, a, lda, b + lane, ldb, c + lane, ldc,
-            kStart == Start::kScaled ? scale + lane : nullptr);
+            kStart == Start::kScaled ? scale + lane : nullptr, lane ? Prefetch{} : prefetch);
     });
 }
 
