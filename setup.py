@@ -1,0 +1,84 @@
+"""Build the native kernels with CMake and ninja.
+
+Without a C++17 compiler, or with NABLA_SKIP_CPU=1, the package installs all the same: it runs on the
+reference backend, and `nabla info` shows the reason that is recorded here.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildKernels(build_ext):
+    """Build nabla._cpu into the package, or write down why that failed."""
+
+    def run(self) -> None:
+        """Build in place for an editable installation, else into the wheel."""
+        editable = self.inplace or getattr(self, "editable_mode", False)
+        package = (ROOT if editable else Path(self.build_lib).resolve()) / "nabla"
+        package.mkdir(parents=True, exist_ok=True)
+        reason = package / "_cpu_build.txt"
+        reason.unlink(missing_ok=True)
+        try:
+            self.build_module(package)
+        except BuildError as error:
+            for module in package.glob("_cpu.*.so"):
+                module.unlink()
+            reason.write_text(f"{error}\n")
+            print(f"nabla: installing without native CPU kernels: {error}", file=sys.stderr)
+
+    def build_module(self, package: Path) -> None:
+        """Configure and build with the Python that installs."""
+        if os.environ.get("NABLA_SKIP_CPU", "0") != "0":
+            raise BuildError("NABLA_SKIP_CPU was set when nabla was installed")
+        try:
+            import pybind11
+        except ImportError as error:
+            raise BuildError("pybind11 was missing when nabla was installed") from error
+        build = Path(self.build_temp).resolve() / "cmake"
+        # A build environment of pip's lives in a new folder each time: what was found in the last is gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        run(
+            *("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
+        )
+        run("cmake", "--build", str(build))
+
+    def get_outputs(self) -> list[str]:
+        """The module, where it could be built."""
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Nothing to move: an editable build is in place already."""
+        return {}
+
+
+class BuildError(Exception):
+    """Why there are no native kernels, in one line."""
+
+
+def run(*command: str) -> None:
+    """Run a build step; its failure is a BuildError with the line that tells most."""
+    try:
+        result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except FileNotFoundError as error:
+        raise BuildError(f"{command[0]} was missing when nabla was installed") from error
+    print(result.stdout)
+    if result.returncode:
+        lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+        telling = [line for line in lines if "error:" in line or line.startswith("No CMAKE_CXX")]
+        raise BuildError(f"{' '.join(command[:2])} failed: {(telling or lines or ['no output'])[0]}")
+
+
+setup(
+    ext_modules=[Extension("nabla._cpu", sources=[])],
+    cmdclass={"build_ext": BuildKernels},
+)
