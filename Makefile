@@ -7,6 +7,9 @@ READY := .venv/ready
 # What an installation is made from: when one of these is newer than the stamp, install again.
 BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
+# The stages that have a benchmark, in data-path order.
+STAGES := $(basename $(notdir $(wildcard $(addprefix benchmarks/,scores.py block_mask.py block_attention.py))))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench gpu-check
 
@@ -31,8 +34,8 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the benchmarks of what this machine has
-	$(BIN)/python -m benchmarks
+bench: $(READY)  ## the benchmarks of the stages, on this machine
+	@for stage in $(STAGES); do $(BIN)/python -m benchmarks.$$stage || exit; done
 
 # A PYTHON that is named is taken; else the one in .venv, if it is there.
 gpu-check:  ## on a machine with CUDA: the tests marked gpu, with the Python found and no network
