@@ -67,7 +67,7 @@ def cosine_basis(n: int) -> Tensor:
     return basis
 
 
-# In natural frames the lowest brightness channel then has about unit variance, the others less but
-# not much less: noise hides fine detail before coarse, as it does in pixels, and both are learnt.
-_SCALE = (3.2, 1.0, 0.6)
-_DECAY = 0.4
+# In natural frames the lowest brightness channel then has a standard deviation of about 2, the others
+# of about 0.5: noise hides fine detail before coarse, as it does in pixels, and both are learnt.
+_SCALE = (1.6, 0.5, 0.5)
+_DECAY = 0.6

@@ -110,6 +110,6 @@ PRESETS = {
     "tiny": CrossDiTConfig(
         model_dim=128, ff_dim=512, time_dim=64, num_text_blocks=1, num_visual_blocks=5,
         axes_dims=(8, 12, 12), in_text_dim=32, in_text_dim2=32, rope_scale=(1.0, 0.4, 0.4),
-        top_p=0.7, window=(3, 1, 1),
+        top_p=0.5, window=(3, 1, 1),
     ),
 }  # fmt: skip

@@ -130,7 +130,7 @@ def initialize(model: CrossDiT) -> CrossDiT:
     weight = model.visual_embeddings.in_layer.weight.view(dim, patch, config.input_dim)
     basis = torch.nn.init.orthogonal_(torch.empty(dim, patch, channels))
     weight[:, :, :channels] = basis
-    length = (patch * channels / dim) ** 0.5  # of a token after its layer norm, relative to before
+    length = (patch * channels / dim) ** 0.5  # of a token, which a layer norm divides by
     model.out_layer.out_layer.weight.copy_(length * rearrange(basis, "d p c -> (c p) d"))
     for block in model.visual_transformer_blocks:
         assert isinstance(block, TransformerDecoderBlock)

@@ -146,7 +146,7 @@ def test_nabla_equals_diffusers_with_the_same_mask(tolerance, monkeypatch):
         ("video-lite", "2.0077"),
         ("video-pro", "19.3113"),
         ("image-lite", "6.0221"),
-        ("tiny", "0.0035"),
+        ("tiny", "0.0020"),
     ],
 )
 def test_parameter_count(preset, billions):
