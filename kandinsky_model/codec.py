@@ -67,7 +67,7 @@ def cosine_basis(n: int) -> Tensor:
     return basis
 
 
-# In natural frames the lowest brightness channel then has a standard deviation of about 2, the others
-# of about 0.5: noise hides fine detail before coarse, as it does in pixels, and both are learnt.
+# In natural frames the lowest brightness channel then has a standard deviation of about 2, the
+# others of about 0.5: noise hides fine detail before coarse, as in pixels, and both are learnt.
 _SCALE = (1.6, 0.5, 0.5)
 _DECAY = 0.6

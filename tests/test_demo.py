@@ -56,8 +56,13 @@ def test_recorder_keeps_every_layer_and_changes_nothing(model):
 def test_compare_measures_against_dense(model):
     q, k, v, grid = demo.long_attention(model, 2)
     everything = demo.NablaAttention(top_p=1.0)
-    row, _ = demo.compare(q, k, v, everything.mask(q, k, grid), everything)
-    assert row[0] == "512" and row[1] == "1.00" and row[5] == "1.000" and row[6] == "0.000"
+    all_blocks = demo.compare(q, k, v, grid, everything)
+    assert all_blocks.tokens == 512 and all_blocks.density == 1.0
+    assert all_blocks.retained_mass == pytest.approx(1.0, abs=1e-5)
+    assert all_blocks.relative_error < 1e-5
+    few_blocks = demo.compare(q, k, v, grid, demo.NablaAttention(top_p=0.3))
+    assert few_blocks.density < 0.7 and 0.2 < few_blocks.retained_mass < 1.0
+    assert few_blocks.relative_error > 1e-3
 
 
 def test_psnr():
