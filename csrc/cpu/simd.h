@@ -36,7 +36,10 @@ typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
-typedef double Doubles __attribute__((vector_size(8 * kWidth)));
+// Doubles fill a register with half as many lanes.
+typedef double Doubles __attribute__((vector_size(4 * kWidth)));
+typedef float HalfFloats __attribute__((vector_size(2 * kWidth)));
+typedef int32_t HalfInts __attribute__((vector_size(2 * kWidth)));
 
 struct BFloat16 {
     uint16_t bits;
