@@ -63,7 +63,7 @@ class BlockMask:
         Raises:
             ValueError: If `keep` is not boolean or does not fit the grid.
         """
-        grid = as_grid(grid, 0)
+        grid = as_grid(grid)
         if keep.dim() == 2:
             keep = keep[None, None]
         rows = grid.num_blocks - q_block_offset
@@ -179,7 +179,7 @@ class BlockMask:
         Raises:
             ValueError: If the mask has partial blocks, or does not fit the grid.
         """
-        grid = as_grid(grid, 0)
+        grid = as_grid(grid)
         if tuple(mask.BLOCK_SIZE) != (grid.block_size, grid.block_size) or grid.is_ragged:
             raise ValueError(
                 f"the flex mask has BLOCK_SIZE {tuple(mask.BLOCK_SIZE)}, but the blocks of {grid} "
@@ -233,14 +233,14 @@ def sliding_tile_mask(
     Raises:
         ValueError: If an extent is even or not positive.
     """
-    grid, extents = as_grid(grid, 0), check_window(window)
+    grid, extents = as_grid(grid), check_window(window)
     keep = grid.kept_by_position(extents, device)[None, None]
     return BlockMask(pack_bits(keep), grid, extents)
 
 
 def select_blocks(
     scores: Tensor,
-    grid: TokenGrid,
+    grid: TokenGrid | Sequence[int],
     *,
     top_p: float | Sequence[float] | Tensor,
     window: Sequence[int] | None = None,
@@ -252,7 +252,7 @@ def select_blocks(
     Args:
         scores: Scores [B, H, Nq, Nk] as of `pooled_scores`; not negative. One that is not finite
             marks a block that is kept and has no part in the rest.
-        grid: The grid of the tokens.
+        grid: The grid of the tokens, or its (frames, height, width).
         top_p: The share of a row's scores to keep, in (0, 1]; one value, or one per head. The
             values of a tensor are not inspected: at or below 0 one block is kept, at or above 1
             every block.
@@ -267,6 +267,7 @@ def select_blocks(
     Raises:
         ValueError: If an argument is out of its range, or the scores do not fit the grid.
     """
+    grid = as_grid(grid)
     if (
         scores.dim() != 4
         or min(scores.shape) == 0
@@ -326,7 +327,7 @@ def create_block_mask(
             the grid.
     """
     check_tensors(q=q, k=k)
-    grid, window = as_grid(grid, k.shape[2]), check_window(window)
+    grid, window = as_grid(grid), check_window(window)
     check_keys("k", k, grid)
     grid.count_blocks(q.shape[2], q_block_offset)
     top_p = check_top_p(top_p, q.shape[1], q.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +14,11 @@ from nabla.grid import TokenGrid, Window
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def as_grid(grid: TokenGrid | Sequence[int] | None, num_tokens: int) -> TokenGrid:
-    """The grid, given as one, as (frames, height, width), or as None for a plain sequence."""
-    if grid is None:
-        return TokenGrid.sequence(num_tokens)
+def as_grid(grid: TokenGrid | Sequence[int]) -> TokenGrid:
+    """The grid, given as one or as (frames, height, width)."""
     if isinstance(grid, TokenGrid):
         return grid
-    if isinstance(grid, Sequence) and len(grid) == 3:
+    if isinstance(grid, Sequence) and not isinstance(grid, str) and len(grid) == 3:
         frames, height, width = grid
         return TokenGrid(frames, height, width)
     raise ValueError(f"grid={grid!r} is neither a TokenGrid nor (frames, height, width) in tokens")
@@ -29,9 +28,13 @@ def check_window(window: Sequence[int] | None) -> Window | None:
     """The window as a tuple; its extents must be odd, in blocks."""
     if window is None:
         return None
-    if len(window) != 3 or any(extent < 1 or extent % 2 == 0 for extent in window):
+    if (
+        not isinstance(window, Sequence)
+        or len(window) != 3
+        or any(not isinstance(extent, int) or extent < 1 or extent % 2 == 0 for extent in window)
+    ):
         raise ValueError(
-            f"window={tuple(window)} is not three odd extents (frames, height, width) in blocks: "
+            f"window={window!r} is not three odd extents (frames, height, width) in blocks: "
             "a window reaches equally far to both sides, as in (11, 3, 3)"
         )
     frames, height, width = window
@@ -49,7 +52,7 @@ def check_top_p(
                 f"{num_heads} heads"
             )
         return top_p.to(device, torch.float32, non_blocking=True).expand(num_heads)
-    if isinstance(top_p, Sequence):
+    if isinstance(top_p, Sequence) and not isinstance(top_p, str):
         if len(top_p) != num_heads:
             raise ValueError(
                 f"top_p has {len(top_p)} values: give one for each of {num_heads} heads"
@@ -62,6 +65,8 @@ def check_top_p(
 
 
 def _check_probability(top_p: float) -> None:
+    if not isinstance(top_p, numbers.Real):
+        raise ValueError(f"top_p={top_p!r} is not a number: give the attention mass to keep")
     if math.isnan(top_p) or not 0 < top_p <= 1:
         remedy = "give the attention mass to keep, in (0, 1]"
         if 1 < top_p <= 100:

@@ -42,6 +42,8 @@ class Backend:
         self, device: str, head_dim: int | None, dtype: torch.dtype, block_size: int
     ) -> str | None:
         """Return why the backend does not take such input, with what it takes instead, or None."""
+        if (reason := self.unavailable()) is not None:
+            return reason
         if device not in self.devices:
             return f"the tensors are on {device}, it takes {', '.join(self.devices)}"
         if dtype not in self.dtypes:
@@ -52,7 +54,7 @@ class Backend:
             return (
                 f"blocks have {block_size} tokens, it takes {', '.join(map(str, self.block_sizes))}"
             )
-        return self.unavailable()
+        return None
 
 
 def _never() -> None:

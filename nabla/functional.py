@@ -82,7 +82,7 @@ def attention(
         )
     if order not in ("raster", "block"):
         raise ValueError(f"order={order!r} is unknown: give 'raster' or 'block'")
-    grid = as_grid(grid, key.shape[2])
+    grid = TokenGrid.sequence(key.shape[2]) if grid is None else as_grid(grid)
     check_keys("key", key, grid)
     if query.shape[2] != key.shape[2]:
         raise ValueError(

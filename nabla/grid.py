@@ -46,6 +46,9 @@ class TokenGrid:
     extra: int = 0
 
     def __post_init__(self) -> None:
+        for extent in (self.frames, self.height, self.width, *self.block, self.extra):
+            if not isinstance(extent, int | torch.SymInt):
+                raise ValueError(f"grid has an extent {extent!r}: give whole numbers of tokens")
         if self.frames < 1 or self.height < 1 or self.width < 1:
             raise ValueError(
                 f"grid {(self.frames, self.height, self.width)} has an extent below 1: "
@@ -56,6 +59,8 @@ class TokenGrid:
                 f"block {tuple(self.block)} is not three extents with a product of "
                 f"{', '.join(map(str, BLOCK_SIZES))} tokens; (1, 8, 8) is the usual one"
             )
+        if not isinstance(self.block, tuple):
+            object.__setattr__(self, "block", tuple(self.block))  # a list has no hash
         if self.extra < 0:
             raise ValueError(
                 f"extra={self.extra} is negative: give the number of trailing tokens, or 0"

@@ -9,20 +9,21 @@ eight reshapes (one, if nothing is ragged) move every token. Once per model forw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from nabla.checks import as_grid
 from nabla.grid import TokenGrid
 
 
-def fractal_flatten(x: Tensor, grid: TokenGrid, dim: int = -2) -> Tensor:
+def fractal_flatten(x: Tensor, grid: TokenGrid | Sequence[int], dim: int = -2) -> Tensor:
     """Reorder tokens from raster to block order.
 
     Args:
         x: Any tensor with grid.num_tokens tokens along `dim`, for example [B, H, S, D].
-        grid: The grid of the tokens; its extra tokens stay at the end.
+        grid: The grid of the tokens, or its (frames, height, width). Extra tokens stay at the end.
         dim: The dimension of the tokens.
 
     Returns:
@@ -31,6 +32,7 @@ def fractal_flatten(x: Tensor, grid: TokenGrid, dim: int = -2) -> Tensor:
     Raises:
         ValueError: If `dim` does not hold grid.num_tokens tokens.
     """
+    grid = as_grid(grid)
     dim = _token_dim(x, grid, dim)
     if _in_block_order(grid):
         return x
@@ -53,12 +55,12 @@ def fractal_flatten(x: Tensor, grid: TokenGrid, dim: int = -2) -> Tensor:
     return _with_extra(_join(slabs, dim), x, grid, dim)
 
 
-def fractal_unflatten(x: Tensor, grid: TokenGrid, dim: int = -2) -> Tensor:
+def fractal_unflatten(x: Tensor, grid: TokenGrid | Sequence[int], dim: int = -2) -> Tensor:
     """Reorder tokens from block order back to raster: the inverse of `fractal_flatten`.
 
     Args:
         x: Any tensor with grid.num_tokens tokens along `dim`, for example [B, H, S, D].
-        grid: The grid of the tokens; its extra tokens stay at the end.
+        grid: The grid of the tokens, or its (frames, height, width). Extra tokens stay at the end.
         dim: The dimension of the tokens.
 
     Returns:
@@ -67,6 +69,7 @@ def fractal_unflatten(x: Tensor, grid: TokenGrid, dim: int = -2) -> Tensor:
     Raises:
         ValueError: If `dim` does not hold grid.num_tokens tokens.
     """
+    grid = as_grid(grid)
     dim = _token_dim(x, grid, dim)
     if _in_block_order(grid):
         return x

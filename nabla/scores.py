@@ -6,10 +6,13 @@ D] scores         = softmax(scale * q_mean k_mean^T) over the key blocks     [B,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from nabla import ops
 from nabla.checks import (
+    as_grid,
     cast_for_autocast,
     check_keys,
     check_tensor,
@@ -20,14 +23,14 @@ from nabla.grid import TokenGrid
 
 
 def block_mean(
-    x: Tensor, grid: TokenGrid, *, block_offset: int = 0, backend: str = "auto"
+    x: Tensor, grid: TokenGrid | Sequence[int], *, block_offset: int = 0, backend: str = "auto"
 ) -> Tensor:
     """Average each block over the tokens that it has.
 
     Args:
         x: Tokens in block order [B, H, S, D]: all of the grid's, or those of the blocks from
             `block_offset` on.
-        grid: The grid of the tokens.
+        grid: The grid of the tokens, or its (frames, height, width).
         block_offset: The block with which x begins.
         backend: "auto", or the name of a backend (see `nabla.backends`).
 
@@ -38,6 +41,7 @@ def block_mean(
         ValueError: If x is not a whole number of blocks of the grid.
     """
     check_tensor("x", x)
+    grid = as_grid(grid)
     grid.count_blocks(x.shape[2], block_offset)
     (x,) = with_contiguous_channels(x.detach())
     return ops.block_mean(x, grid.as_ints(), block_offset, backend)
@@ -46,7 +50,7 @@ def block_mean(
 def pooled_scores(
     q: Tensor,
     k: Tensor,
-    grid: TokenGrid,
+    grid: TokenGrid | Sequence[int],
     *,
     scale: float | None = None,
     q_block_offset: int = 0,
@@ -58,7 +62,7 @@ def pooled_scores(
         q: Queries in block order [B, Hq, Sq, D]: all of the grid's, or those of the blocks from
             `q_block_offset` on.
         k: Keys of the whole grid in block order [B, Hk, S, D]; Hk divides Hq.
-        grid: The grid of the tokens.
+        grid: The grid of the tokens, or its (frames, height, width).
         scale: Factor of the products; D^-0.5 if None.
         q_block_offset: The block with which q begins.
         backend: "auto", or the name of a backend (see `nabla.backends`).
@@ -72,6 +76,7 @@ def pooled_scores(
         ValueError: If the tensors do not go together or do not match the grid.
     """
     check_tensors(q=q, k=k)
+    grid = as_grid(grid)
     check_keys("k", k, grid)
     grid.count_blocks(q.shape[2], q_block_offset)
     q, k = with_contiguous_channels(*cast_for_autocast(q.detach(), k.detach()))

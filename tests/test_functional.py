@@ -71,6 +71,30 @@ def test_block_order_skips_the_reordering(backend):
     assert torch.equal(out, nabla.fractal_flatten(outside, grid))
 
 
+def test_every_stage_takes_a_grid_or_its_extents():
+    grid, extents = TokenGrid(2, 9, 16), (2, 9, 16)
+    x = torch.randn(1, 1, grid.num_tokens, 32)
+    scores = nabla.pooled_scores(x, x, grid)
+    keep = nabla.sliding_tile_mask(grid, (1, 1, 1)).to_dense()
+    for ours, theirs in (
+        (nabla.fractal_flatten(x, grid), nabla.fractal_flatten(x, extents)),
+        (nabla.fractal_unflatten(x, grid), nabla.fractal_unflatten(x, extents)),
+        (nabla.block_mean(x, grid), nabla.block_mean(x, extents)),
+        (scores, nabla.pooled_scores(x, x, extents)),
+        (
+            nabla.select_blocks(scores, grid, top_p=0.5).bits,
+            nabla.select_blocks(scores, extents, top_p=0.5).bits,
+        ),
+        (
+            nabla.create_block_mask(x, x, grid=grid, top_p=0.5).bits,
+            nabla.create_block_mask(x, x, grid=extents, top_p=0.5).bits,
+        ),
+        (keep, nabla.sliding_tile_mask(extents, (1, 1, 1)).to_dense()),
+        (keep, nabla.BlockMask.from_dense(keep, grid=extents).to_dense()),
+    ):
+        assert torch.equal(ours, theirs)
+
+
 def test_signature_is_a_superset_of_sdpa():
     sdpa = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
     parameters = inspect.signature(nabla.attention).parameters
@@ -129,6 +153,13 @@ BAD = {
     "percentage": ((Q, Q, Q), {"top_p": 90}, "top_p=90 .* looks like a percentage"),
     "grid": ((Q, Q, Q), {"grid": (2, 8, 9)}, "key has 128 tokens, but .* has 144"),
     "grid type": ((Q, Q, Q), {"grid": 128}, "grid=128 is neither a TokenGrid nor"),
+    "grid extents": (
+        (Q, Q, Q),
+        {"grid": (2.0, 8, 8)},
+        "grid has an extent 2.0: give whole numbers",
+    ),
+    "top_p type": ((Q, Q, Q), {"top_p": "0.5"}, "top_p='0.5' is not a number"),
+    "window type": ((Q, Q, Q), {"grid": (2, 8, 8), "window": 3}, "window=3 is not three odd"),
     "even window": ((Q, Q, Q), {"grid": (2, 8, 8), "window": (2, 1, 1)}, "three odd extents"),
     "window without grid": ((Q, Q, Q), {"window": (1, 3, 3)}, r"window=\(1, 3, 3\) needs a grid"),
     "order": ((Q, Q, Q), {"order": "fractal"}, "order='fractal' is unknown"),

@@ -60,7 +60,12 @@ def test_kept_by_position(grid, window):
 
 @given(grids())
 def test_ints_round_trip(grid):
-    assert TokenGrid.from_ints(grid.as_ints()) == grid
+    again = TokenGrid.from_ints(grid.as_ints())
+    assert again == grid and hash(again) == hash(grid)
+
+
+def test_a_block_may_be_a_list():
+    assert hash(TokenGrid(2, 8, 8, [1, 4, 4])) == hash(TokenGrid(2, 8, 8, (1, 4, 4)))
 
 
 @pytest.mark.parametrize(
