@@ -1,6 +1,6 @@
 """Attention of the CrossDiT: one layer, and the ways in which visual tokens attend to each other.
 
-q, k = rope(rmsnorm(x W))      in fp32, then cast to the model's dtype (upstream: always to bfloat16)
+q, k = rope(rmsnorm(x W))      in fp32, then cast to the model's dtype (upstream always to bf16)
 DenseAttention                 softmax(q k^T / sqrt(D)) v over all tokens
 NablaAttention                 the same over the blocks that nabla.create_block_mask keeps
 MaskedAttention                the same over the blocks of one given mask
