@@ -1,10 +1,11 @@
 """Build the native kernels with CMake and ninja.
 
-Without a C++17 compiler, or with NABLA_SKIP_CPU=1, the package installs all the same: it runs on the
-reference backend, and `nabla info` shows the reason that is recorded here.
+Without a C++17 compiler, or with NABLA_SKIP_CPU=1, the package installs all the same: it runs on
+the reference backend, and `nabla info` shows the reason that is recorded here.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ class BuildKernels(build_ext):
         except ImportError as error:
             raise BuildError("pybind11 was missing when nabla was installed") from error
         build = Path(self.build_temp).resolve() / "cmake"
-        # A build environment of pip's lives in a new folder each time: what was found in the last is gone.
+        # pip builds in a new environment each time: what was found in the last one is gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         run(
             *("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)),
@@ -66,16 +67,21 @@ class BuildError(Exception):
 
 
 def run(*command: str) -> None:
-    """Run a build step; its failure is a BuildError with the line that tells most."""
+    """Run a build step; its failure is a BuildError with the first error that it prints."""
     try:
-        result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        result = subprocess.run(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
     except FileNotFoundError as error:
         raise BuildError(f"{command[0]} was missing when nabla was installed") from error
     print(result.stdout)
     if result.returncode:
-        lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
-        telling = [line for line in lines if "error:" in line or line.startswith("No CMAKE_CXX")]
-        raise BuildError(f"{' '.join(command[:2])} failed: {(telling or lines or ['no output'])[0]}")
+        # CMake's errors are sentences over several lines, a compiler's are a line.
+        (cmake, compiler), *_ = re.findall(
+            r"CMake Error.*\n([\s\S]+)|(.*error: .*)", result.stdout
+        ) or [(f"exit status {result.returncode}", "")]
+        message = compiler or " ".join(cmake.split()).split(". ")[0]
+        raise BuildError(f"the build failed when nabla was installed: {message}")
 
 
 setup(

@@ -148,8 +148,8 @@ template <class Params>
 void define_launch(py::module_& m, const char* name, Params (*parse)(const Fields&),
                    void (*cpu::Kernels::*stage)(const Params&)) {
     m.def(name, [parse, stage](const std::string& instruction_set, const py::kwargs& fields) {
-        const Params params = parse(Fields(fields));
         const auto launch = kernels(instruction_set).*stage;
+        const Params params = parse(Fields(fields));
         const py::gil_scoped_release unlocked;
         launch(params);
     });
