@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,9 +59,7 @@ def use_instruction_set(name: str) -> Iterator[None]:
 @functools.cache
 def native() -> ModuleType:
     """Return the compiled module."""
-    from nabla import _cpu
-
-    return _cpu
+    return importlib.import_module("nabla._cpu")
 
 
 def launch(stage: str, **fields) -> None:
@@ -71,7 +70,8 @@ def launch(stage: str, **fields) -> None:
 
 def view(x: Tensor) -> tuple[int, int, int, int]:
     """Return a tensor [B, H, S, D] with contiguous D as pointer and strides."""
-    return (x.data_ptr(), *x.stride()[:3])
+    batch, head, token, _ = x.stride()
+    return x.data_ptr(), batch, head, token
 
 
 @functools.lru_cache(maxsize=64)

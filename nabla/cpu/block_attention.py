@@ -57,7 +57,8 @@ def attention_bwd(
         **{name: view(x) for name, x in zip(("dq_sum", "dk_sum", "dv_sum"), sums, strict=True)},
         **_fields(q, k, v, out, lse, bits, grid, q_block_offset, scale),
     )
-    return tuple(gradients)
+    dq, dk, dv = gradients
+    return dq, dk, dv
 
 
 def _fields(q, k, v, out, lse, bits, grid, q_block_offset, scale) -> dict:
