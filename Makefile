@@ -32,6 +32,7 @@ test: $(READY)  ## the test suite
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff .
 	$(BIN)/mypy
 
 bench: $(READY)  ## the benchmarks of the stages, on this machine
