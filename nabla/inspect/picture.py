@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DROPPED, SELECTED, IN_WINDOW, QUERY = "#eceff3", "#1d4e89", "#7fb2e5", "#e4572e"
 INK, QUIET = "#22303c", "#6b7a88"
-MAX_FRAMES = 12
+MAX_FRAMES = 16
 BITMAP_INCHES = 3.0
 
 
@@ -106,8 +106,8 @@ class _Panels:
         self.slabs = _pick(self.shape[0], self.query[0])
         self.aspect = min(max(grid.width / grid.height, 0.4), 4.0)
         columns = round(math.sqrt(len(self.slabs) * 1.9 / self.aspect))
-        self.columns = min(max(columns, 1), len(self.slabs))
-        self.rows = -(-len(self.slabs) // self.columns)
+        self.rows = -(-len(self.slabs) // max(columns, 1))
+        self.columns = -(-len(self.slabs) // self.rows)
         self.row_height = BITMAP_INCHES + 0.5
         panel_height = min((self.row_height - 0.5) / self.rows, 2.4)
         self.width = max(self.columns * panel_height * self.aspect, 3.0)
