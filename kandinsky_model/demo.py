@@ -34,7 +34,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
 CLIP = "carphone_pristine"
 FRAMES, STRIDE, SIZE = Recipe.frames, Recipe.stride, Recipe.size
 FPS = 12
-STEPS = 24
+STEPS, SHIFT = 12, 8.0
 LONG_FRAMES = (16, 64)
 LONG_TOP_P = 0.9  # beside the model's own
 REPEATS = 3
@@ -146,7 +146,7 @@ def continue_clip(
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     sampled = sample(
         model, noise, empty_text(model.config, 1), first_frame=latents[:, :1], num_steps=steps,
-        shift=Recipe.shift, attention=attention, progress=progress,
+        shift=SHIFT, attention=attention, progress=progress,
     )  # fmt: skip
     return codec.decode(sampled[0])
 
