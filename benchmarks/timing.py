@@ -1,0 +1,106 @@
+"""What the benchmarks of the stages share: interleaved timing, memory, the heading of a table."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.gpu_check import commit
+from nabla.inspect import environment
+
+
+class Seconds(NamedTuple):
+    """How long a case took: the median, and the 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    def __str__(self) -> str:
+        return f"{self.median * 1e3:9.1f} ({self.p20 * 1e3:.1f}-{self.p80 * 1e3:.1f})"
+
+
+def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, Seconds]:
+    """Time cases in turn, so that what else the machine does meets them alike.
+
+    Each runs once unmeasured, then `rounds` times, and in every round for at least 50 ms.
+    """
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for case in cases.values():
+        case()
+    for _ in range(rounds):
+        for name, case in cases.items():
+            began = time.perf_counter()
+            while True:
+                start = time.perf_counter()
+                case()
+                times[name].append(time.perf_counter() - start)
+                if time.perf_counter() - began > 0.05:
+                    break
+    return {name: _seconds(values) for name, values in times.items()}
+
+
+def peak_memory(function: Callable[..., object], *arguments) -> int:
+    """Return the bytes that the peak of a fresh process is above what function() prepares.
+
+    `function(*arguments)` makes its inputs and returns what is to be measured, without arguments.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (function, arguments, torch.get_num_threads()))
+
+
+def heading(title: str) -> str:
+    """Return what every table has to state: the machine, its software, the commit and the date."""
+    about = environment()
+    versions, cpu = about["versions"], about["cpu"]
+    from nabla import cpu as kernels
+
+    return (
+        f"{title}\n"
+        f"{cpu['name']}, {cpu['threads']} threads, kernels for {kernels.instruction_sets()[0]}; "
+        f"torch {versions['torch']}, nabla {versions['nabla']} at "
+        f"{(commit() or 'no commit')[:12]}, {datetime.now(UTC):%Y-%m-%d}"
+    )
+
+
+def _seconds(values: list[float]) -> Seconds:
+    if len(values) == 1:
+        return Seconds(values[0], values[0], values[0])
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return Seconds(statistics.median(values), deciles[1], deciles[7])
+
+
+def _peak_memory(function: Callable[..., Callable[[], object]], arguments, threads: int) -> int:
+    torch.set_num_threads(threads)
+    measured = function(*arguments)
+    measured()  # loads what it needs
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident_bytes()
+    _reset_peak()
+    result = measured()
+    del result
+    return _peak_bytes() - before
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def _reset_peak() -> None:
+    with open("/proc/self/clear_refs", "w") as clear_refs:
+        clear_refs.write("5")
+
+
+def _peak_bytes() -> int:
+    with open("/proc/self/status") as status:
+        (line,) = [line for line in status if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
