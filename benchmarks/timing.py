@@ -8,6 +8,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -53,8 +54,8 @@ def peak_memory(function: Callable[..., object], *arguments) -> int:
 
     `function(*arguments)` makes its inputs and returns what is to be measured, without arguments.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (function, arguments, torch.get_num_threads()))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak_memory, function, arguments, torch.get_num_threads()).result()
 
 
 def heading(title: str) -> str:
