@@ -63,6 +63,8 @@ class MaskedAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: nabla.TokenGrid) -> Tensor:
         """Attend over tokens [B, H, S, D] that lie on `grid` in block order."""
+        if self.mask.grid != grid:
+            raise ValueError(f"mask is of {self.mask.grid}, but the tokens are on {grid}")
         return nabla.block_sparse_attention(q, k, v, self.mask, backend=self.backend)
 
 

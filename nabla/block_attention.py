@@ -10,10 +10,17 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nabla import ops
 from nabla.block_mask import BlockMask
-from nabla.checks import cast_for_autocast, check_keys, check_tensors, with_contiguous_channels
+from nabla.checks import (
+    cast_for_autocast,
+    check_keys,
+    check_scale,
+    check_tensors,
+    with_dense_layout,
+)
 
 
 class AttentionOutput(NamedTuple):
@@ -80,13 +87,18 @@ def block_sparse_attention(
     Raises:
         ValueError: If the tensors do not match each other or the mask.
     """
+    q, k, v = cast_for_autocast(q=q, k=k, v=v)
     check_tensors(q=q, k=k, v=v)
     _check_mask(mask, q, k)
-    q, k, v = with_contiguous_channels(*cast_for_autocast(q, k, v))
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise RuntimeError(
+            "nabla attention has no forward-mode derivative: use torch.autograd.grad"
+        )
+    q, k, v = with_dense_layout(q, k, v)
     bits = mask.bits
     if bits.shape[:2] != q.shape[:2]:
         bits = bits.expand(q.shape[0], q.shape[1], -1, -1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_scale(scale, q.shape[-1])
     out, lse = ops.attention_fwd(
         q, k, v, bits, mask.grid.as_ints(), mask.q_block_offset, scale, backend
     )
@@ -99,13 +111,18 @@ def _check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
             f"mask is a {type(mask).__name__}: give a BlockMask, as create_block_mask makes"
         )
     check_keys("k", k, mask.grid)
-    batch, heads, rows, columns = mask.shape
-    if mask.bits.dtype != torch.int32 or mask.bits.shape[3] != -(-columns // 32):
+    columns = mask.grid.num_blocks
+    if (
+        mask.bits.dtype != torch.int32
+        or mask.bits.dim() != 4
+        or mask.bits.shape[3] != -(-columns // 32)
+    ):
         raise ValueError(
             f"mask.bits has shape {list(mask.bits.shape)} and dtype {mask.bits.dtype}: "
             f"{mask.grid} takes int32 [B, H, Nq, {-(-columns // 32)}]; BlockMask.from_dense makes "
             "it"
         )
+    batch, heads, rows, _ = mask.bits.shape
     if mask.device != q.device:
         raise ValueError(
             f"mask is on {mask.device} and q on {q.device}: use mask.to({str(q.device)!r})"

@@ -22,10 +22,11 @@ from nabla.checks import (
     as_grid,
     cast_for_autocast,
     check_keys,
+    check_scale,
     check_tensors,
     check_top_p,
     check_window,
-    with_contiguous_channels,
+    with_dense_layout,
 )
 from nabla.grid import TokenGrid, Window
 
@@ -72,7 +73,8 @@ class BlockMask:
                 f"keep has shape {list(keep.shape)} and dtype {keep.dtype}: give booleans [B, H, "
                 "Nq, Nk]"
             )
-        if keep.shape[3] != grid.num_blocks or not 0 < keep.shape[2] <= rows:
+        outside = not 0 <= q_block_offset < grid.num_blocks
+        if outside or keep.shape[3] != grid.num_blocks or not 0 < keep.shape[2] <= rows:
             raise ValueError(
                 f"keep has shape {list(keep.shape)}, but {grid} has {grid.num_blocks} blocks, "
                 f"of which rows start at q_block_offset={q_block_offset}: give booleans [B, H, "
@@ -192,6 +194,11 @@ class BlockMask:
                 "only masks of whole blocks can be converted"
             )
         counts, indices = mask.full_kv_num_blocks, mask.full_kv_indices
+        if indices.shape[-1] != grid.num_blocks:
+            raise ValueError(
+                f"the flex mask lists {indices.shape[-1]} key blocks, but {grid} has "
+                f"{grid.num_blocks}: give its own grid"
+            )
         listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
         keep = torch.zeros(
             *counts.shape, grid.num_blocks + 1, dtype=torch.bool, device=counts.device
@@ -326,13 +333,14 @@ def create_block_mask(
         ValueError: If an argument is out of its range, or the tensors do not match each other or
             the grid.
     """
+    q, k = cast_for_autocast(q=q, k=k)
     check_tensors(q=q, k=k)
     grid, window = as_grid(grid), check_window(window)
     check_keys("k", k, grid)
     grid.count_blocks(q.shape[2], q_block_offset)
     top_p = check_top_p(top_p, q.shape[1], q.device)
-    q, k = with_contiguous_channels(*cast_for_autocast(q.detach(), k.detach()))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = with_dense_layout(q.detach(), k.detach())
+    scale = check_scale(scale, q.shape[-1])
     bits = ops.create_block_mask(
         q, k, top_p, grid.as_ints(), window or (), q_block_offset, scale, backend
     )

@@ -37,7 +37,7 @@ def check_window(window: Sequence[int] | None) -> Window | None:
             f"window={window!r} is not three odd extents (frames, height, width) in blocks: "
             "a window reaches equally far to both sides, as in (11, 3, 3)"
         )
-    frames, height, width = window
+    frames, height, width = (min(extent, 2**30 + 1) for extent in window)  # beyond any grid
     return frames, height, width
 
 
@@ -126,15 +126,41 @@ def check_keys(name: str, k: Tensor, grid: TokenGrid) -> None:
         )
 
 
-def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def cast_for_autocast(**named: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast, as F.scaled_dot_product_attention casts them."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    tensors = tuple(named.values())
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
+    for name, x in named.items():
+        check_tensor(name, x)
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def with_contiguous_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied where D is not contiguous; any other strides are taken as they are."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+def with_dense_layout(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied where D is not contiguous or rows overlap; other strides are kept.
+
+    What is allocated like such a tensor has contiguous D too, which is what kernels write.
+    """
+    return tuple(x if _has_dense_rows(x) else x.contiguous() for x in tensors)
+
+
+def _has_dense_rows(x: Tensor) -> bool:
+    if x.stride(3) != 1:
+        return False
+    return all(
+        size == 1 or stride == 0 or stride >= x.shape[3]
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    )
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the products; head_dim^-0.5 if None."""
+    if scale is None:
+        return head_dim**-0.5
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(
+            f"scale={scale!r} is not a finite number: give the factor of q k^T, or None"
+        )
+    return float(scale)

@@ -71,6 +71,7 @@ def attention(
             match each other or the grid.
     """
     _check_unsupported(attn_mask, dropout_p, is_causal)
+    query, key, value = cast_for_autocast(query=query, key=key, value=value)
     check_tensors(query=query, key=key, value=value)
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(
@@ -78,7 +79,7 @@ def attention(
         )
     if grid is None and window is not None:
         raise ValueError(
-            f"window={tuple(window)} needs a grid: pass grid=(frames, height, width) of the tokens"
+            f"window={window!r} needs a grid: pass grid=(frames, height, width) of the tokens"
         )
     if order not in ("raster", "block"):
         raise ValueError(f"order={order!r} is unknown: give 'raster' or 'block'")
@@ -91,7 +92,6 @@ def attention(
             "for a slice of the queries use create_block_mask and block_sparse_attention with "
             "q_block_offset"
         )
-    query, key, value = cast_for_autocast(query, key, value)
     if order == "raster":
         query, key, value = (fractal_flatten(x, grid) for x in (query, key, value))
     mask = create_block_mask(
@@ -101,8 +101,10 @@ def attention(
         query, key, value, mask, scale=scale, return_lse=True, backend=backend
     )
     if order == "raster":
-        out, lse = fractal_unflatten(out, grid), fractal_unflatten(lse, grid, dim=-1)
-    return AttentionOutput(out, lse) if return_lse else out
+        out = fractal_unflatten(out, grid)
+    if not return_lse:
+        return out
+    return AttentionOutput(out, fractal_unflatten(lse, grid, -1) if order == "raster" else lse)
 
 
 def _check_unsupported(attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> None:

@@ -46,9 +46,11 @@ class TokenGrid:
     extra: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.block, Sequence):
+            raise ValueError(f"block={self.block!r} is not three extents such as (1, 8, 8)")
         for extent in (self.frames, self.height, self.width, *self.block, self.extra):
             if not isinstance(extent, int | torch.SymInt):
-                raise ValueError(f"grid has an extent {extent!r}: give whole numbers of tokens")
+                raise ValueError(f"grid has an extent {extent!r}: give a whole number as an int")
         if self.frames < 1 or self.height < 1 or self.width < 1:
             raise ValueError(
                 f"grid {(self.frames, self.height, self.width)} has an extent below 1: "

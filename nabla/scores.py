@@ -15,9 +15,10 @@ from nabla.checks import (
     as_grid,
     cast_for_autocast,
     check_keys,
+    check_scale,
     check_tensor,
     check_tensors,
-    with_contiguous_channels,
+    with_dense_layout,
 )
 from nabla.grid import TokenGrid
 
@@ -40,10 +41,11 @@ def block_mean(
     Raises:
         ValueError: If x is not a whole number of blocks of the grid.
     """
+    (x,) = cast_for_autocast(x=x)
     check_tensor("x", x)
     grid = as_grid(grid)
     grid.count_blocks(x.shape[2], block_offset)
-    (x,) = with_contiguous_channels(x.detach())
+    (x,) = with_dense_layout(x.detach())
     return ops.block_mean(x, grid.as_ints(), block_offset, backend)
 
 
@@ -75,10 +77,11 @@ def pooled_scores(
     Raises:
         ValueError: If the tensors do not go together or do not match the grid.
     """
+    q, k = cast_for_autocast(q=q, k=k)
     check_tensors(q=q, k=k)
     grid = as_grid(grid)
     check_keys("k", k, grid)
     grid.count_blocks(q.shape[2], q_block_offset)
-    q, k = with_contiguous_channels(*cast_for_autocast(q.detach(), k.detach()))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = with_dense_layout(q.detach(), k.detach())
+    scale = check_scale(scale, q.shape[-1])
     return ops.pooled_scores(q, k, grid.as_ints(), q_block_offset, scale, backend)

@@ -117,6 +117,7 @@ LAYOUTS = {
     "fused": lambda x: torch.stack([x, x + 1, x - 1], 2)[:, :, 1] - 1,
     "view of fused": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
     "channels not contiguous": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
+    "overlapping": lambda x: torch.randn(x.numel()).to(x).as_strided(x.shape, (500, 100, 1, 1)),
     "offset": lambda x: torch.cat([x[:, :, :1], x], 2)[:, :, 1:],
 }
 

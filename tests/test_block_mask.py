@@ -253,6 +253,19 @@ def test_partial_flex_blocks_are_refused():
         BlockMask.from_flex(causal, grid=(4, 8, 8))
 
 
+@pytest.mark.parametrize("frames", [2, 8])
+def test_a_flex_mask_of_another_grid_is_refused(frames):
+    flex = nabla.sliding_tile_mask((4, 8, 8), (1, 1, 1)).to_flex()
+    with pytest.raises(ValueError, match=f"lists 4 key blocks, but .* has {frames}"):
+        BlockMask.from_flex(flex, grid=(frames, 8, 8))
+
+
+def test_negative_scores_have_no_mass(backend):
+    scores = torch.tensor([-5.0, 1.0, -1.0, 3.0]).expand(1, 1, 4, 4)
+    mask = nabla.select_blocks(scores, (4, 8, 8), top_p=0.9, backend=backend)
+    assert mask.to_dense()[0, 0].tolist() == [[False, True, False, True]] * 4
+
+
 def test_transpose_of_a_slice_is_refused():
     mask = BlockMask.from_dense(random_mask(4)[:, :, :2], grid=(4, 8, 8), q_block_offset=1)
     with pytest.raises(ValueError, match="2 rows of the 4 blocks"):
@@ -312,6 +325,8 @@ def test_bad_dense_masks():
         BlockMask.from_dense(torch.ones(2, 2), grid=(2, 8, 8))
     with pytest.raises(ValueError, match=r"keep has shape \[1, 1, 2, 3\], but .* has 2 blocks"):
         BlockMask.from_dense(torch.ones(2, 3, dtype=torch.bool), grid=(2, 8, 8))
+    with pytest.raises(ValueError, match="rows start at q_block_offset=-1"):
+        BlockMask.from_dense(torch.ones(2, 2, dtype=torch.bool), grid=(2, 8, 8), q_block_offset=-1)
 
 
 def test_bad_scores():

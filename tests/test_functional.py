@@ -116,6 +116,23 @@ def test_autocast_casts_as_sdpa_does(backend):
     assert torch.equal(out, low)
 
 
+def test_autocast_takes_mixed_dtypes_as_sdpa_does(backend):
+    q, k, v = (torch.randn(1, 2, 192, 32) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = nabla.attention(q, k.bfloat16(), v.half(), top_p=0.7, backend=backend)
+        assert torch.equal(
+            out, nabla.attention(q, k, v.half().bfloat16(), top_p=0.7, backend=backend)
+        )
+
+
+def test_a_window_larger_than_any_grid_keeps_everything(backend):
+    q = torch.randn(1, 1, 3 * 144, 32)
+    out = nabla.attention(
+        q, q, q, grid=(3, 9, 16), top_p=0.1, window=(2**40 + 1,) * 3, backend=backend
+    )
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q), atol=2e-6, rtol=1e-5)
+
+
 def test_checkpointing_recomputes_the_same(backend):
     grid = TokenGrid(2, 17, 16)
     q, k, v = (raster(grid).requires_grad_() for _ in range(3))
@@ -156,12 +173,15 @@ BAD = {
     "grid extents": (
         (Q, Q, Q),
         {"grid": (2.0, 8, 8)},
-        "grid has an extent 2.0: give whole numbers",
+        "grid has an extent 2.0: give a whole number",
     ),
     "top_p type": ((Q, Q, Q), {"top_p": "0.5"}, "top_p='0.5' is not a number"),
     "window type": ((Q, Q, Q), {"grid": (2, 8, 8), "window": 3}, "window=3 is not three odd"),
     "even window": ((Q, Q, Q), {"grid": (2, 8, 8), "window": (2, 1, 1)}, "three odd extents"),
     "window without grid": ((Q, Q, Q), {"window": (1, 3, 3)}, r"window=\(1, 3, 3\) needs a grid"),
+    "window type without grid": ((Q, Q, Q), {"window": 3}, "window=3 needs a grid"),
+    "scale": ((Q, Q, Q), {"scale": float("nan")}, "scale=nan is not a finite number"),
+    "scale type": ((Q, Q, Q), {"scale": "1"}, "scale='1' is not a finite number"),
     "order": ((Q, Q, Q), {"order": "fractal"}, "order='fractal' is unknown"),
     "grouped heads": ((Q, Q[:, :1], Q[:, :1]), {}, "query has 2 heads .* pass enable_gqa=True"),
     "heads": ((Q, Q.repeat(1, 2, 1, 1), Q.repeat(1, 2, 1, 1)), {"enable_gqa": True}, "must divide"),

@@ -73,6 +73,8 @@ def test_a_block_may_be_a_list():
     [
         ((0, 8, 8), r"grid \(0, 8, 8\) has an extent below 1"),
         ((1, 8, 8, (1, 7, 8)), r"block \(1, 7, 8\) is not .* 16, 32, 64, 128"),
+        ((1, 8, 8, 64), "block=64 is not three extents"),
+        ((1, 8.0, 8), "grid has an extent 8.0: give a whole number"),
         ((1, 8, 8, (8, 8)), r"block \(8, 8\) is not three"),
         ((1, 8, 8, (1, 8, 8), -1), "extra=-1 is negative"),
     ],

@@ -115,6 +115,13 @@ def test_double_backward_is_refused():
         gradient.sum().backward()
 
 
+def test_forward_mode_is_refused():
+    q = smooth_tokens(GRID)
+    mask = nabla.sliding_tile_mask(GRID, (1, 1, 1))
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jvp(lambda q: nabla.block_sparse_attention(q, q, q, mask), (q,), (q,))
+
+
 def test_vmap_is_refused():
     q = torch.randn(3, 1, 2, 128, 32)
     with pytest.raises(RuntimeError, match="nabla::.* has no vmap.*batch"):

@@ -63,15 +63,20 @@ def native() -> ModuleType:
 
 
 def launch(stage: str, **fields) -> None:
-    """Run one stage with the fields of its Params and with as many threads as torch uses."""
+    """Run one stage with the fields of its Params and with as many threads as torch uses.
+
+    Tensors among the fields travel as pointers; `fields` holds them until the stage is done.
+    """
     instruction_set = _forced or _best_instruction_set()
-    getattr(native(), stage)(instruction_set, threads=torch.get_num_threads(), **fields)
+    pointers = {name: _with_pointers(value) for name, value in fields.items()}
+    getattr(native(), stage)(instruction_set, threads=torch.get_num_threads(), **pointers)
 
 
-def view(x: Tensor) -> tuple[int, int, int, int]:
-    """Return a tensor [B, H, S, D] with contiguous D as pointer and strides."""
-    batch, head, token, _ = x.stride()
-    return x.data_ptr(), batch, head, token
+def view(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """Return a tensor [B, H, S, D] with contiguous D as View of csrc/params.h."""
+    batch, head, token, channel = x.stride()
+    assert channel == 1 or x.shape[3] == 1, "the kernels read D as contiguous"
+    return x, batch, head, token
 
 
 @functools.lru_cache(maxsize=64)
@@ -80,9 +85,15 @@ def starts(grid: TokenGrid) -> Tensor:
     return grid.starts("cpu")
 
 
-def blocks(grid: TokenGrid) -> tuple[int, ...]:
-    """Return a grid as Blocks of csrc/params.h; `starts` keeps the tensor that it points to."""
-    return (starts(grid).data_ptr(), grid.num_blocks, grid.num_grid_blocks, *grid.blocks)
+def blocks(grid: TokenGrid) -> tuple[Tensor | int, ...]:
+    """Return a grid as Blocks of csrc/params.h."""
+    return (starts(grid), grid.num_blocks, grid.num_grid_blocks, *grid.blocks)
+
+
+def _with_pointers(value):
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return tuple(map(_with_pointers, value)) if isinstance(value, tuple) else value
 
 
 @functools.cache

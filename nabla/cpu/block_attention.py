@@ -51,8 +51,8 @@ def attention_bwd(
     launch(
         "attention_backward",
         dout=view(dout),
-        dlse=None if dlse is None else dlse.data_ptr(),
-        delta=delta.data_ptr(),
+        dlse=dlse,
+        delta=delta,
         **{name: view(x) for name, x in zip(("dq", "dk", "dv"), gradients, strict=True)},
         **{name: view(x) for name, x in zip(("dq_sum", "dk_sum", "dv_sum"), sums, strict=True)},
         **_fields(q, k, v, out, lse, bits, grid, q_block_offset, scale),
@@ -77,8 +77,8 @@ def _fields(q, k, v, out, lse, bits, grid, q_block_offset, scale) -> dict:
         k=view(k),
         v=view(v),
         out=view(out),
-        lse=lse.data_ptr(),
-        bits=bits.data_ptr(),
+        lse=lse,
+        bits=bits,
         bits_stride_b=bits.stride(0),
         bits_stride_h=bits.stride(1),
     )

@@ -55,10 +55,10 @@ def _block_mask(
     top_p = top_p.contiguous()
     launch(
         "block_mask",
-        scores=None if scores is None else scores.data_ptr(),
-        top_p=top_p.data_ptr(),
+        scores=scores,
+        top_p=top_p,
         window=window or (0, 0, 0),
-        bits=bits.data_ptr(),
+        bits=bits,
         **fields,
     )
     return bits

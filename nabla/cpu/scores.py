@@ -26,7 +26,7 @@ def pooled_scores(
     scores = q_mean.new_empty(*q_mean.shape[:3], grid.num_blocks)
     launch(
         "pooled_scores",
-        scores=scores.data_ptr(),
+        scores=scores,
         **score_fields(means, grid, q_block_offset, scale),
     )
     return scores
@@ -58,8 +58,8 @@ def score_fields(
         q_block_offset=q_block_offset,
         blocks=blocks(grid),
         scale=scale,
-        q_mean=q_mean.data_ptr(),
-        k_mean=k_mean.data_ptr(),
+        q_mean=q_mean,
+        k_mean=k_mean,
         k_mean_stride=k_mean.shape[3],
     )
 
@@ -76,7 +76,7 @@ def _block_mean(
         head_dim=head_dim,
         blocks=num_blocks,
         x=view(x),
-        starts=starts(grid)[block_offset:].data_ptr(),
-        mean=mean.data_ptr(),
+        starts=starts(grid)[block_offset:],
+        mean=mean,
         mean_stride=mean_stride,
     )

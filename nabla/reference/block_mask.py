@@ -15,7 +15,7 @@ def select_blocks(
 ) -> Tensor:
     """Bits [B, H, Nq, ceil(Nk / 32)]: fewest blocks of a row that hold top_p of its scores."""
     always_kept = ~scores.isfinite()
-    mass = scores.double().masked_fill(always_kept, 0)
+    mass = scores.double().clamp(min=0).masked_fill(always_kept, 0)
     ranked, order = mass.sort(
         dim=-1, descending=True, stable=True
     )  # equal scores: lowest index first
