@@ -1,5 +1,6 @@
-// The module nabla._cpu: keyword arguments become Params, Params become a launch without the interpreter lock.
-// Pointers are integers, a tensor [B, H, S, D] is (pointer, stride_b, stride_h, stride_s).
+// The module nabla._cpu: keyword arguments become Params, Params become a launch without the
+// interpreter lock. Pointers are integers, a tensor [B, H, S, D] is (pointer, stride_b, stride_h,
+// stride_s).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -39,7 +40,12 @@ class Fields {
     Blocks blocks() const {  // (starts, count, grid_count, nt, nh, nw)
         const auto b = get<std::array<int64_t, 6>>("blocks");
         const auto extent = [&](int i) { return static_cast<int32_t>(b[i]); };
-        return {reinterpret_cast<const int32_t*>(b[0]), extent(1), extent(2), extent(3), extent(4), extent(5)};
+        return {reinterpret_cast<const int32_t*>(b[0]),
+                extent(1),
+                extent(2),
+                extent(3),
+                extent(4),
+                extent(5)};
     }
     Window window() const {
         const auto w = get<std::array<int32_t, 3>>("window");
@@ -139,7 +145,8 @@ std::vector<std::string> instruction_sets() {
 
 const cpu::Kernels& kernels(const std::string& name) {
     for (int i = 0; i < cpu::kKernelsCount; ++i)
-        if (cpu::kKernels[i].name == name && cpu::kKernels[i].is_supported()) return cpu::kKernels[i];
+        if (cpu::kKernels[i].name == name && cpu::kKernels[i].is_supported())
+            return cpu::kKernels[i];
     throw std::invalid_argument("instruction set '" + name + "' is not available on this machine");
 }
 
@@ -165,7 +172,8 @@ PYBIND11_MODULE(_cpu, m) {
     nabla::define_launch(m, "block_mean", nabla::block_mean_params, &Kernels::block_mean);
     nabla::define_launch(m, "pooled_scores", nabla::scores_params, &Kernels::pooled_scores);
     nabla::define_launch(m, "block_mask", nabla::block_mask_params, &Kernels::block_mask);
-    nabla::define_launch(m, "attention_forward", nabla::attention_params, &Kernels::attention_forward);
+    nabla::define_launch(m, "attention_forward", nabla::attention_params,
+                         &Kernels::attention_forward);
     nabla::define_launch(m, "attention_backward", nabla::attention_backward_params,
                          &Kernels::attention_backward);
 }

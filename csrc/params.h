@@ -1,8 +1,11 @@
-// One struct per launch. Nothing here is owned: the caller keeps every tensor alive during the call.
+// One struct per launch. Nothing here is owned: the caller keeps every tensor alive meanwhile.
 //
-// B, Hq, Hk: batch, query heads, key/value heads (query head h reads key head h / (Hq / Hk)); D: head
-// dimension; N: blocks of the grid; Nq: query blocks, which are blocks q_block_offset .. + Nq - 1 of the
-// grid; W = ceil(N / 32) words of bits per row. Strides are in elements.
+//   B, Hq, Hk, D   batch, query heads, key heads, head dimension; query head h reads key head
+//                  h / (Hq / Hk)
+//   N, Nq          blocks of the grid, and query blocks: those from q_block_offset on
+//   W              ceil(N / 32), words of bits in a row
+//
+// Strides are in elements.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +22,7 @@ struct View {
     int64_t stride_s;  // elements
 };
 
-// Blocks of a token grid: nt * nh * nw grid blocks in raster order, then the blocks of extra tokens.
+// Blocks of a token grid: nt * nh * nw grid blocks in raster order, then those of extra tokens.
 struct Blocks {
     const int32_t* starts;  // [N + 1], tokens: block j holds tokens starts[j] .. starts[j + 1] - 1
     int32_t count;          // N
@@ -34,19 +37,19 @@ struct Window {
 
 // Means over the tokens of each block.
 struct BlockMeanParams {
-    DType dtype;        // of x
-    int32_t batch;      // B
-    int32_t heads;      // H
-    int32_t head_dim;   // D
-    int32_t blocks;     // number of blocks of x
-    View x;             // [B, H, S, D]
+    DType dtype;            // of x
+    int32_t batch;          // B
+    int32_t heads;          // H
+    int32_t head_dim;       // D
+    int32_t blocks;         // number of blocks of x
+    View x;                 // [B, H, S, D]
     const int32_t* starts;  // [blocks + 1], tokens; starts[0] is the first token of x
-    float* mean;        // [B, H, blocks, D], or [B, H, D, mean_stride] where transposed
+    float* mean;            // [B, H, blocks, D], or [B, H, D, mean_stride] where transposed
     int32_t mean_stride;    // elements; 0 for the row-major layout
-    int32_t threads;    // at least 1
+    int32_t threads;        // at least 1
 };
 
-// Softmax over the grid blocks of scale * q_mean . k_mean; +inf marks a block that every mask keeps.
+// Softmax over the grid blocks of scale * q_mean . k_mean; +inf marks a block that is always kept.
 struct ScoresParams {
     int32_t batch;           // B
     int32_t heads;           // Hq
@@ -55,20 +58,20 @@ struct ScoresParams {
     int32_t q_blocks;        // Nq
     int32_t q_block_offset;  // blocks
     Blocks blocks;
-    float scale;             // multiplies q_mean . k_mean
-    const float* q_mean;     // [B, Hq, Nq, D]
-    const float* k_mean;     // [B, Hk, D, k_mean_stride], zero past column N
-    int32_t k_mean_stride;   // elements: N rounded up to a multiple of 32
-    float* scores;           // [B, Hq, Nq, N]; null where they are not wanted
-    int32_t threads;         // at least 1
+    float scale;            // multiplies q_mean . k_mean
+    const float* q_mean;    // [B, Hq, Nq, D]
+    const float* k_mean;    // [B, Hk, D, k_mean_stride], zero past column N
+    int32_t k_mean_stride;  // elements: N rounded up to a multiple of 32
+    float* scores;          // [B, Hq, Nq, N]; null where they are not wanted
+    int32_t threads;        // at least 1
 };
 
 // The fewest blocks of each row that hold top_p of its scores, and the window.
 struct BlockMaskParams {
-    ScoresParams scores;  // q_mean null: scores.scores is an input, head_dim, scale and k_mean are not read
+    ScoresParams scores;  // q_mean is null where scores.scores is the input; k_mean is then unread
     Window window;
-    const float* top_p;   // [Hq]
-    uint32_t* bits;       // [B, Hq, Nq, W]
+    const float* top_p;  // [Hq]
+    uint32_t* bits;      // [B, Hq, Nq, W]
 };
 
 // Softmax attention over the kept blocks.
@@ -81,23 +84,23 @@ struct AttentionParams {
     int32_t q_blocks;        // Nq
     int32_t q_block_offset;  // blocks
     Blocks blocks;
-    float scale;             // multiplies q . k
-    View q, k, v;            // [B, Hq, Sq, D], [B, Hk, Sk, D], [B, Hk, Sk, D]
-    View out;                // [B, Hq, Sq, D]
-    float* lse;              // [B, Hq, Sq], natural log
-    const uint32_t* bits;    // [B, Hq, Nq, W]; bit j of row i: query block i attends key block j
-    int64_t bits_stride_b;   // words, may be 0
-    int64_t bits_stride_h;   // words, may be 0
-    int32_t threads;         // at least 1
+    float scale;            // multiplies q . k
+    View q, k, v;           // [B, Hq, Sq, D], [B, Hk, Sk, D], [B, Hk, Sk, D]
+    View out;               // [B, Hq, Sq, D]
+    float* lse;             // [B, Hq, Sq], natural log
+    const uint32_t* bits;   // [B, Hq, Nq, W]; bit j of row i: query block i attends key block j
+    int64_t bits_stride_b;  // words, may be 0
+    int64_t bits_stride_h;  // words, may be 0
+    int32_t threads;        // at least 1
 };
 
 struct AttentionBackwardParams {
-    AttentionParams forward;  // out and lse are inputs
-    View dout;                // [B, Hq, Sq, D]
-    const float* dlse;        // [B, Hq, Sq]; null for zero
-    float* delta;             // [B, Hq, Sq] workspace: rowsum(dout * out) - dlse
-    View dq, dk, dv;          // like q, k, v
-    View dq_sum, dk_sum, dv_sum;  // float32 [B, H, S, D] running sums; dq, dk, dv themselves in float32
+    AttentionParams forward;      // out and lse are inputs
+    View dout;                    // [B, Hq, Sq, D]
+    const float* dlse;            // [B, Hq, Sq]; null for zero
+    float* delta;                 // [B, Hq, Sq] workspace: rowsum(dout * out) - dlse
+    View dq, dk, dv;              // like q, k, v
+    View dq_sum, dk_sum, dv_sum;  // float32, like q, k, v: running sums; in float32 dq, dk, dv
 };
 
 }  // namespace nabla

@@ -21,7 +21,8 @@ static inline int find_bit(const uint32_t* bits, int begin, int end) {
     return end;
 }
 
-// Call visit(first, last) for every maximal run first .. last - 1 of set bits within begin .. end - 1.
+// Call visit(first, last) for every maximal run first .. last - 1 of set bits within begin .. end
+// - 1.
 template <class Visit>
 static inline void for_each_run(const uint32_t* bits, int begin, int end, Visit visit) {
     while ((begin = find_bit<true>(bits, begin, end)) < end) {

@@ -1,7 +1,9 @@
 // out[i] = sum_j softmax_j(scale * q_i . k_j) v_j over the keys j of the blocks that i's row keeps.
 //
-// Computed transposed, so that queries lie along the lanes and neither K nor a row sum crosses lanes:
-//   S^T [keys, queries] = K Q^T,   P^T = exp2(S^T - max),   O^T [D, queries] = O^T * correction + V^T P^T.
+// Computed transposed, so that queries lie along the lanes and neither K nor a row sum crosses
+// lanes:
+//   S^T [keys, queries] = K Q^T,   P^T = exp2(S^T - max),   O^T [D, queries] = O^T * correction +
+//   V^T P^T.
 // One task computes one query block; no other task touches its rows.
 #include "cpu/block_attention.h"
 
@@ -14,14 +16,14 @@ namespace {
 
 template <class T>
 struct ForwardArrays {
-    Element<T>* q;        // [D, lanes]
-    Element<T>* k;        // [keys, D]
-    Element<T>* v;        // [keys, D]
-    float* scores;        // [keys, lanes]
-    Element<T>* p;        // [keys, lanes]; the scores themselves where elements are floats
-    float* out;           // [D, lanes]
-    float *top, *total;   // [lanes]: running maximum (log2 units) and sum of p
-    float* correction;    // [lanes]: what a new maximum multiplies out and total by
+    Element<T>* q;       // [D, lanes]
+    Element<T>* k;       // [keys, D]
+    Element<T>* v;       // [keys, D]
+    float* scores;       // [keys, lanes]
+    Element<T>* p;       // [keys, lanes]; the scores themselves where elements are floats
+    float* out;          // [D, lanes]
+    float *top, *total;  // [lanes]: running maximum (log2 units) and sum of p
+    float* correction;   // [lanes]: what a new maximum multiplies out and total by
 
     ForwardArrays(Arena& arena, int dim)
         : q(arena.take<Element<T>>(dim * kQueryTile)),
@@ -40,7 +42,8 @@ struct ForwardArrays {
     }
 };
 
-// Turn the scores of `keys` more keys into p, with the running maximum and sum of kVectors vectors of lanes.
+// Turn the scores of `keys` more keys into p, with the running maximum and sum of kVectors vectors
+// of lanes.
 template <class T, int kVectors>
 void softmax_panel(const ForwardArrays<T>& a, int lane, int lanes, int keys, float scale_log2) {
     Floats top[kVectors], shift[kVectors], total[kVectors];
@@ -50,14 +53,16 @@ void softmax_panel(const ForwardArrays<T>& a, int lane, int lanes, int keys, flo
             top[v] = max(top[v], load(a.scores + j * lanes + lane + v * kWidth) * scale_log2);
     for (int v = 0; v < kVectors; ++v) {
         const int at = lane + v * kWidth;
-        shift[v] = top[v] == -kInfinity ? Floats{} : top[v];  // no score above -inf yet: p and total stay 0
+        shift[v] = top[v] == -kInfinity ? Floats{}
+                                        : top[v];  // no score above -inf yet: p and total stay 0
         const Floats correction = exp2(load(a.top + at) - shift[v]);
         total[v] = load(a.total + at) * correction;
         store(a.correction + at, correction);
         store(a.top + at, top[v]);
     }
     const auto probability = [&](int j, int v) {
-        const Floats p = exp2(load(a.scores + j * lanes + lane + v * kWidth) * scale_log2 - shift[v]);
+        const Floats p =
+            exp2(load(a.scores + j * lanes + lane + v * kWidth) * scale_log2 - shift[v]);
         total[v] += p;
         return p;
     };
@@ -77,27 +82,29 @@ void softmax_panel(const ForwardArrays<T>& a, int lane, int lanes, int keys, flo
 }
 
 template <class T>
-void forward_tile(const AttentionParams& p, const ForwardArrays<T>& a, int b, int h, int block, int64_t row,
-                  int n, int lanes) {
+void forward_tile(const AttentionParams& p, const ForwardArrays<T>& a, int b, int h, int block,
+                  int64_t row, int n, int lanes) {
     const int dim = p.head_dim, kv_head = h / (p.heads / p.kv_heads);
     lanes_of(at<T>(p.q, b, h, row), p.q.stride_s, n, dim, lanes, a.q);
     for (int i = 0; i < dim * lanes; ++i) a.out[i] = 0;
     for (int i = 0; i < lanes; ++i) a.top[i] = -kInfinity, a.total[i] = 0;
 
-    for_each_key_tile(p, bits_row(p, b, h, block), 0, p.blocks.count, [&](int key, int keys, int next) {
-        const T* keys_v = at<T>(p.v, b, kv_head, key);
-        const auto k = rows_of(at<T>(p.k, b, kv_head, key), p.k.stride_s, keys, dim, a.k);
-        multiply<Layout::kRows, Start::kZero>(Dot<T>{}, keys, lanes, dim / kPair<T>, k.data, k.stride, a.q,
-                                              lanes, a.scores, lanes, nullptr,
-                                              prefetch_rows(keys_v, p.v.stride_s, keys, dim));
-        for_panels(lanes, [&](auto vectors, int lane) {
-            softmax_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, p.scale * kLog2E);
+    for_each_key_tile(
+        p, bits_row(p, b, h, block), 0, p.blocks.count, [&](int key, int keys, int next) {
+            const T* keys_v = at<T>(p.v, b, kv_head, key);
+            const auto k = rows_of(at<T>(p.k, b, kv_head, key), p.k.stride_s, keys, dim, a.k);
+            multiply<Layout::kRows, Start::kZero>(Dot<T>{}, keys, lanes, dim / kPair<T>, k.data,
+                                                  k.stride, a.q, lanes, a.scores, lanes, nullptr,
+                                                  prefetch_rows(keys_v, p.v.stride_s, keys, dim));
+            for_panels(lanes, [&](auto vectors, int lane) {
+                softmax_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, p.scale * kLog2E);
+            });
+            const auto v = steps_of(keys_v, p.v.stride_s, keys, dim, a.v);
+            multiply<Layout::kColumns, Start::kScaled>(
+                Dot<T>{}, dim, lanes, (keys + kPair<T> - 1) / kPair<T>, v.data, v.stride, a.p,
+                lanes, a.out, lanes, a.correction,
+                prefetch_rows(at<T>(p.k, b, kv_head, next), p.k.stride_s, keys, dim));
         });
-        const auto v = steps_of(keys_v, p.v.stride_s, keys, dim, a.v);
-        multiply<Layout::kColumns, Start::kScaled>(
-            Dot<T>{}, dim, lanes, (keys + kPair<T> - 1) / kPair<T>, v.data, v.stride, a.p, lanes, a.out, lanes,
-            a.correction, prefetch_rows(at<T>(p.k, b, kv_head, next), p.k.stride_s, keys, dim));
-    });
 
     float* lse = p.lse + (static_cast<int64_t>(b) * p.heads + h) * query_start(p, p.q_blocks) + row;
     for (int i = 0; i < n; ++i) lse[i] = a.top[i] * kLn2 + __builtin_logf(a.total[i]);

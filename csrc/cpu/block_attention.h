@@ -22,12 +22,12 @@ static inline const uint32_t* bits_row(const AttentionParams& p, int b, int h, i
     return p.bits + b * p.bits_stride_b + h * p.bits_stride_h + static_cast<int64_t>(block) * words;
 }
 
-// Call visit(first token, tokens, first token of the next tile) for tiles of the kept keys of one row within
-// the blocks begin .. end - 1; the last tile is its own next. Neighbouring kept blocks are joined: their
-// tokens are contiguous.
+// Call visit(first token, tokens, first token of the next tile) for tiles of the kept keys of one
+// row within the blocks begin .. end - 1; the last tile is its own next. Neighbouring kept blocks
+// are joined: their tokens are contiguous.
 template <class Visit>
-static inline void for_each_key_tile(const AttentionParams& p, const uint32_t* bits, int begin, int end,
-                                     Visit visit) {
+static inline void for_each_key_tile(const AttentionParams& p, const uint32_t* bits, int begin,
+                                     int end, Visit visit) {
     int key = 0, keys = 0;  // the tile that waits for its next
     for_each_run(bits, begin, end, [&](int first, int last) {
         const int stop = p.blocks.starts[last];

@@ -2,10 +2,10 @@
 //   P^T = exp2(K Q^T - lse),   dP^T = V dO^T,   dS^T = P^T * (dP^T - delta) * scale,
 //   dV += P^T dO,   dK += dS^T Q,   dQ^T += K^T dS^T        with delta = rowsum(dO * O) - dlse.
 //
-// Query and key blocks are cut into the same number of chunks. In round r, one task takes query chunk c
-// with key chunk (c + r) mod chunks: no two tasks of a round share a row of dQ, dK or dV, and every row
-// receives its sums in an order that depends on the shape alone. So nothing is atomic or computed twice,
-// and the result has the same bits at every thread count.
+// Query and key blocks are cut into the same number of chunks. In round r, one task takes query
+// chunk c with key chunk (c + r) mod chunks: no two tasks of a round share a row of dQ, dK or dV,
+// and every row receives its sums in an order that depends on the shape alone. So nothing is atomic
+// or computed twice, and the result has the same bits at every thread count.
 #include "cpu/block_attention.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
@@ -14,20 +14,20 @@
 namespace nabla::cpu::NABLA_ISA {
 namespace {
 
-constexpr int kMostChunkBlocks = 32;    // more would leave the second-level cache
-constexpr int kFewestChunkBlocks = 8;   // fewer would pack each query block too often
-constexpr int kRoundTasks = 32;         // wanted between these bounds, to feed the threads
+constexpr int kMostChunkBlocks = 32;   // more would leave the second-level cache
+constexpr int kFewestChunkBlocks = 8;  // fewer would pack each query block too often
+constexpr int kRoundTasks = 32;        // wanted between these bounds, to feed the threads
 
 template <class T>
 struct BackwardArrays {
-    Element<T>*q_lanes, *dout_lanes;     // [D, lanes]
-    Element<T>*q_steps, *dout_steps;     // [queries, D]
-    Element<T>*k, *k_steps, *v;          // [keys, D]
-    float *scores, *dp;                  // [keys, lanes]
-    Element<T>*p, *ds;                   // [keys, lanes], pairs along lanes; scores and dp where floats
-    Element<T>* ds_steps;                // [keys, lanes], pairs along keys; dp where floats
-    float* dq;                           // [D, lanes]
-    float *shift, *delta, *one;          // [lanes]: lse in log2 units, delta, 1
+    Element<T>*q_lanes, *dout_lanes;  // [D, lanes]
+    Element<T>*q_steps, *dout_steps;  // [queries, D]
+    Element<T>*k, *k_steps, *v;       // [keys, D]
+    float *scores, *dp;               // [keys, lanes]
+    Element<T>*p, *ds;           // [keys, lanes], pairs along lanes; scores and dp where floats
+    Element<T>* ds_steps;        // [keys, lanes], pairs along keys; dp where floats
+    float* dq;                   // [D, lanes]
+    float *shift, *delta, *one;  // [lanes]: lse in log2 units, delta, 1
 
     BackwardArrays(Arena& arena, int dim)
         : q_lanes(arena.take<Element<T>>(dim * kQueryTile)),
@@ -98,19 +98,22 @@ void gradient_panel(const BackwardArrays<T>& a, int lane, int lanes, int keys, f
                     store_row(a.p, j + 1, v, p);
                     store_row(a.ds, j + 1, v, high);
                 }
-                store_raw(a.ds_steps + j / 2 * lanes + lane + v * kWidth, bfloat16_pairs(low, high));
+                store_raw(a.ds_steps + j / 2 * lanes + lane + v * kWidth,
+                          bfloat16_pairs(low, high));
             }
     }
 }
 
-// The kept keys of blocks begin .. end - 1 for one query tile: adds to dk_sum and dv_sum, and gives dq to
-// dq_sum (`first`: stores it).
+// The kept keys of blocks begin .. end - 1 for one query tile: adds to dk_sum and dv_sum, and gives
+// dq to dq_sum (`first`: stores it).
 template <class T>
-void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a, const QueryTile& tile,
-                   const uint32_t* bits, int begin, int end, bool first) {
+void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
+                   const QueryTile& tile, const uint32_t* bits, int begin, int end, bool first) {
     const AttentionParams& f = p.forward;
-    const int dim = f.head_dim, kv_head = tile.h / (f.heads / f.kv_heads), n = tile.n, lanes = tile.lanes;
-    const int64_t stat = (static_cast<int64_t>(tile.b) * f.heads + tile.h) * query_start(f, f.q_blocks) + tile.row;
+    const int dim = f.head_dim, kv_head = tile.h / (f.heads / f.kv_heads), n = tile.n,
+              lanes = tile.lanes;
+    const int64_t stat =
+        (static_cast<int64_t>(tile.b) * f.heads + tile.h) * query_start(f, f.q_blocks) + tile.row;
     const T* q = at<T>(f.q, tile.b, tile.h, tile.row);
     const T* dout = at<T>(p.dout, tile.b, tile.h, tile.row);
     lanes_of(q, f.q.stride_s, n, dim, lanes, a.q_lanes);
@@ -133,25 +136,25 @@ void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
         float* dk = at<float>(p.dk_sum, tile.b, kv_head, key);
         float* dv = at<float>(p.dv_sum, tile.b, kv_head, key);
         const auto k_rows = rows_of(k, f.k.stride_s, keys, dim, a.k);
-        multiply<Layout::kRows, Start::kZero>(dot, keys, lanes, dim / kPair<T>, k_rows.data, k_rows.stride,
-                                              a.q_lanes, lanes, a.scores, lanes, nullptr,
-                                              prefetch_rows(v, f.v.stride_s, keys, dim));
+        multiply<Layout::kRows, Start::kZero>(dot, keys, lanes, dim / kPair<T>, k_rows.data,
+                                              k_rows.stride, a.q_lanes, lanes, a.scores, lanes,
+                                              nullptr, prefetch_rows(v, f.v.stride_s, keys, dim));
         const auto v_rows = rows_of(v, f.v.stride_s, keys, dim, a.v);
-        multiply<Layout::kRows, Start::kZero>(dot, keys, lanes, dim / kPair<T>, v_rows.data, v_rows.stride,
-                                              a.dout_lanes, lanes, a.dp, lanes, nullptr,
-                                              prefetch_rows(dv, p.dv_sum.stride_s, keys, dim));
+        multiply<Layout::kRows, Start::kZero>(
+            dot, keys, lanes, dim / kPair<T>, v_rows.data, v_rows.stride, a.dout_lanes, lanes, a.dp,
+            lanes, nullptr, prefetch_rows(dv, p.dv_sum.stride_s, keys, dim));
         for_panels(lanes, [&](auto vectors, int lane) {
             gradient_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, f.scale);
         });
-        multiply<Layout::kRows, Start::kAdd>(dot, keys, dim, query_steps, a.p, lanes / kPair<T>,
-                                             dout_steps.data, dout_steps.stride, dv, p.dv_sum.stride_s, nullptr,
-                                             prefetch_rows(dk, p.dk_sum.stride_s, keys, dim));
-        multiply<Layout::kRows, Start::kAdd>(dot, keys, dim, query_steps, a.ds, lanes / kPair<T>, q_steps.data,
-                                             q_steps.stride, dk, p.dk_sum.stride_s);
+        multiply<Layout::kRows, Start::kAdd>(
+            dot, keys, dim, query_steps, a.p, lanes / kPair<T>, dout_steps.data, dout_steps.stride,
+            dv, p.dv_sum.stride_s, nullptr, prefetch_rows(dk, p.dk_sum.stride_s, keys, dim));
+        multiply<Layout::kRows, Start::kAdd>(dot, keys, dim, query_steps, a.ds, lanes / kPair<T>,
+                                             q_steps.data, q_steps.stride, dk, p.dk_sum.stride_s);
         const auto k_steps = steps_of(k, f.k.stride_s, keys, dim, a.k_steps);
         multiply<Layout::kColumns, Start::kAdd>(
-            dot, dim, lanes, (keys + kPair<T> - 1) / kPair<T>, k_steps.data, k_steps.stride, a.ds_steps, lanes,
-            a.dq, lanes, nullptr,
+            dot, dim, lanes, (keys + kPair<T> - 1) / kPair<T>, k_steps.data, k_steps.stride,
+            a.ds_steps, lanes, a.dq, lanes, nullptr,
             prefetch_rows(at<T>(f.k, tile.b, kv_head, next), f.k.stride_s, keys, dim));
     });
 
@@ -161,15 +164,18 @@ void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
 }
 
 void zero_rows(const View& view, int b, int h, int64_t begin, int64_t end, int dim) {
-    for (int64_t s = begin; s < end; ++s) std::memset(at<float>(view, b, h, s), 0, dim * sizeof(float));
+    for (int64_t s = begin; s < end; ++s)
+        std::memset(at<float>(view, b, h, s), 0, dim * sizeof(float));
 }
 
 // Round the finished sums to the element type; in float32 they are the result.
 template <class T>
-void round_rows(const View& sums, const View& out, int b, int h, int64_t begin, int64_t end, int dim) {
+void round_rows(const View& sums, const View& out, int b, int h, int64_t begin, int64_t end,
+                int dim) {
     if constexpr (!kSame<T, float>)
         for (int64_t s = begin; s < end; ++s)
-            for (int d = 0; d < dim; d += kWidth) store(at<T>(out, b, h, s) + d, load(at<float>(sums, b, h, s) + d));
+            for (int d = 0; d < dim; d += kWidth)
+                store(at<T>(out, b, h, s) + d, load(at<float>(sums, b, h, s) + d));
 }
 
 template <class T>
@@ -178,7 +184,8 @@ void compute_delta(const AttentionBackwardParams& p) {
     const int64_t rows = query_start(f, f.q_blocks);
     const int64_t tasks = static_cast<int64_t>(f.batch) * f.heads * f.q_blocks;
     parallel_for(f.threads, tasks, [&](int64_t task, int) {
-        const int64_t block = task % f.q_blocks, h = task / f.q_blocks % f.heads, b = task / f.q_blocks / f.heads;
+        const int64_t block = task % f.q_blocks, h = task / f.q_blocks % f.heads,
+                      b = task / f.q_blocks / f.heads;
         for (int64_t s = query_start(f, block); s < query_start(f, block + 1); ++s) {
             const T *dout = at<T>(p.dout, b, h, s), *out = at<T>(f.out, b, h, s);
             Floats total{};
@@ -193,7 +200,8 @@ void compute_delta(const AttentionBackwardParams& p) {
 int count_chunks(const AttentionParams& f) {
     const auto divide_up = [](int n, int by) { return (n + by - 1) / by; };
     const int fewer = f.q_blocks < f.blocks.count ? f.q_blocks : f.blocks.count;
-    const int for_cache = divide_up(fewer, kMostChunkBlocks), most = divide_up(fewer, kFewestChunkBlocks);
+    const int for_cache = divide_up(fewer, kMostChunkBlocks),
+              most = divide_up(fewer, kFewestChunkBlocks);
     const int for_threads = divide_up(kRoundTasks, f.batch * f.kv_heads);
     const int wanted = for_cache > for_threads ? for_cache : for_threads;
     return wanted < most ? wanted : most;
@@ -201,8 +209,9 @@ int count_chunks(const AttentionParams& f) {
 
 // One task of one round: the kept pairs of blocks of a query chunk and a key chunk.
 template <class T>
-void backward_chunks(const AttentionBackwardParams& p, const BackwardArrays<T>& a, int b, int kv_head,
-                     int q_begin, int q_end, int k_begin, int k_end, bool first, bool last) {
+void backward_chunks(const AttentionBackwardParams& p, const BackwardArrays<T>& a, int b,
+                     int kv_head, int q_begin, int q_end, int k_begin, int k_end, bool first,
+                     bool last) {
     const AttentionParams& f = p.forward;
     const int group = f.heads / f.kv_heads, dim = f.head_dim;
     const int64_t key = f.blocks.starts[k_begin], key_end = f.blocks.starts[k_end];
@@ -220,7 +229,9 @@ void backward_chunks(const AttentionBackwardParams& p, const BackwardArrays<T>& 
             else if (first)
                 zero_rows(p.dq_sum, b, h, query_start(f, i), query_start(f, i + 1), dim);
         }
-        if (last) round_rows<T>(p.dq_sum, p.dq, b, h, query_start(f, q_begin), query_start(f, q_end), dim);
+        if (last)
+            round_rows<T>(p.dq_sum, p.dq, b, h, query_start(f, q_begin), query_start(f, q_end),
+                          dim);
     }
     if (last) {
         round_rows<T>(p.dk_sum, p.dk, b, kv_head, key, key_end, dim);
@@ -233,7 +244,9 @@ void backward_chunks(const AttentionBackwardParams& p, const BackwardArrays<T>& 
 void attention_backward(const AttentionBackwardParams& p) {
     const AttentionParams& f = p.forward;
     const int chunks = count_chunks(f);
-    const auto cut = [&](int64_t blocks, int chunk) { return static_cast<int>(blocks * chunk / chunks); };
+    const auto cut = [&](int64_t blocks, int chunk) {
+        return static_cast<int>(blocks * chunk / chunks);
+    };
     with_dtype(f.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         compute_delta<T>(p);
@@ -241,11 +254,12 @@ void attention_backward(const AttentionBackwardParams& p) {
         for (int round = 0; round < chunks; ++round) {
             const int64_t tasks = static_cast<int64_t>(f.batch) * f.kv_heads * chunks;
             parallel_for(f.threads, tasks, [&](int64_t task, int slot) {
-                const int head = task / chunks, chunk = task % chunks, other = (chunk + round) % chunks;
-                backward_chunks<T>(p, scratch.slot(slot, f.head_dim), head / f.kv_heads, head % f.kv_heads,
-                                   cut(f.q_blocks, chunk), cut(f.q_blocks, chunk + 1),
-                                   cut(f.blocks.count, other), cut(f.blocks.count, other + 1), round == 0,
-                                   round == chunks - 1);
+                const int head = task / chunks, chunk = task % chunks,
+                          other = (chunk + round) % chunks;
+                backward_chunks<T>(p, scratch.slot(slot, f.head_dim), head / f.kv_heads,
+                                   head % f.kv_heads, cut(f.q_blocks, chunk),
+                                   cut(f.q_blocks, chunk + 1), cut(f.blocks.count, other),
+                                   cut(f.blocks.count, other + 1), round == 0, round == chunks - 1);
             });
         }
     });

@@ -1,9 +1,9 @@
-// bits[i, j] = 1 iff the scores ranked before j in row i hold less than top_p of the row, or the window or
-// an always-kept block says so. Ranks are by descending score, equal scores lowest index first.
+// bits[i, j] = 1 iff the scores ranked before j in row i hold less than top_p of the row, or the
+// window or an always-kept block says so. Ranks are by descending score, then by index.
 //
-// No row is sorted: the score at the cut is found by bisection on its bit pattern (positive floats order
-// as integers), and only the few candidates that are left at the end are put in order. Sums are in double
-// precision, so that the cut does not depend on how a vector adds.
+// No row is sorted: the score at the cut is found by bisection on its bit pattern (positive floats
+// order as integers), and only the few candidates that are left at the end are put in order. Sums
+// are in double precision, so that the cut does not depend on how a vector adds.
 #include "cpu/bits.h"
 #include "cpu/kernels.h"
 #include "cpu/scores.h"
@@ -13,7 +13,8 @@ namespace nabla::cpu::NABLA_ISA {
 namespace {
 
 constexpr int kFewCandidates = 32;
-constexpr float kAlwaysKept = -1.0f;  // stands for +inf in a row: below every score, and without mass
+constexpr float kAlwaysKept =
+    -1.0f;  // stands for +inf in a row: below every score, and without mass
 
 struct MaskArrays {
     float* rows;      // [kScoreRows, padded]
@@ -92,7 +93,8 @@ void select_row(float* row, int padded, float top_p, uint32_t* bits, int* candid
         for (int i = 1; i < count; ++i) {
             const int j = candidates[i];
             int rank = i;
-            for (; rank > 0 && row[candidates[rank - 1]] < row[j]; --rank) candidates[rank] = candidates[rank - 1];
+            for (; rank > 0 && row[candidates[rank - 1]] < row[j]; --rank)
+                candidates[rank] = candidates[rank - 1];
             candidates[rank] = j;
         }
     double before = above_high.total;
@@ -105,7 +107,8 @@ void select_row(float* row, int padded, float top_p, uint32_t* bits, int* candid
 // Set the bits of the window around grid block `block`, clipped at the borders.
 void set_window(const Blocks& blocks, const Window& window, int block, uint32_t* bits) {
     const auto clip = [](int x, int extent) { return x < 0 ? 0 : x < extent ? x : extent; };
-    const int w = block % blocks.nw, h = block / blocks.nw % blocks.nh, t = block / blocks.nw / blocks.nh;
+    const int w = block % blocks.nw, h = block / blocks.nw % blocks.nh,
+              t = block / blocks.nw / blocks.nh;
     const int t_end = clip(t + window.frames / 2 + 1, blocks.nt);
     const int h_end = clip(h + window.height / 2 + 1, blocks.nh);
     for (int i = clip(t - window.frames / 2, blocks.nt); i < t_end; ++i)

@@ -1,8 +1,8 @@
-// C[r, l] (+)= sum_k A(r, k) B[k, l] in registers: each A(r, k) is broadcast from memory and multiplies a
-// row of B, whose lanes lie along the vectors.
+// C[r, l] (+)= sum_k A(r, k) B[k, l] in registers: each A(r, k) is broadcast from memory and
+// multiplies a row of B, whose lanes lie along the vectors.
 //
-// A is row-major, or transposed ([k, r]); nothing has to be packed. The element of A and B is a float, or a
-// pair of bfloat16 along k where the machine has their dot product; C is always float.
+// A is row-major, or transposed ([k, r]); nothing has to be packed. The element of A and B is a
+// float, or a pair of bfloat16 along k where the machine has their dot product; C is always float.
 #pragma once
 
 #include "cpu/simd.h"
@@ -20,14 +20,16 @@ struct FloatDot {
 struct BFloat16Dot {
     using Element = uint32_t;
     using Vector = Words;
-    static inline Vector broadcast(const uint32_t* p) { return (Words)_mm512_set1_epi32(load_raw<int>(p)); }
+    static inline Vector broadcast(const uint32_t* p) {
+        return (Words)_mm512_set1_epi32(load_raw<int>(p));
+    }
     static inline Floats multiply_add(Vector a, Vector b, Floats c) {
         return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
     }
 };
 #endif
 
-// Rows of memory that a product asks the caches for while it computes: those the next product reads.
+// Rows that a product asks the caches for while it computes: those that the next product reads.
 struct Prefetch {
     const void* data = nullptr;
     int64_t stride = 0;  // bytes
@@ -42,8 +44,8 @@ struct Prefetch {
     }
 };
 
-enum class Layout { kRows, kColumns };       // A(r, k) is a[r * lda + k], or a[k * lda + r]
-enum class Start { kZero, kAdd, kScaled };   // C starts at 0, at C, or at C * scale[lane]
+enum class Layout { kRows, kColumns };      // A(r, k) is a[r * lda + k], or a[k * lda + r]
+enum class Start { kZero, kAdd, kScaled };  // C starts at 0, at C, or at C * scale[lane]
 
 template <int kRows, int kVectors, Layout kLayout, Start kStart, class Dot>
 static inline void multiply_tile(int depth, const typename Dot::Element* a, int64_t lda,
@@ -69,7 +71,8 @@ static inline void multiply_tile(int depth, const typename Dot::Element* a, int6
         for (int v = 0; v < kVectors; ++v) row[v] = load_raw<Vector>(b + k * ldb + v * kWidth);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-            const Vector x = Dot::broadcast(kLayout == Layout::kRows ? a + r * lda + k : a + k * lda + r);
+            const Vector x =
+                Dot::broadcast(kLayout == Layout::kRows ? a + r * lda + k : a + k * lda + r);
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) sum[r][v] = Dot::multiply_add(x, row[v], sum[r][v]);
         }
@@ -93,24 +96,25 @@ template <int kVectors, Layout kLayout, Start kStart, class Dot>
 static void multiply_panel(int rows, int depth, const typename Dot::Element* a, int64_t lda,
                            const typename Dot::Element* b, int64_t ldb, float* c, int64_t ldc,
                            const float* scale, const Prefetch& prefetch) {
-    constexpr int kRows = kTileVectors == 4 && kVectors < 4 ? 8 : 6;  // accumulators fill the registers
+    // The accumulators fill the registers.
+    constexpr int kRows = kTileVectors == 4 && kVectors < 4 ? 8 : 6;
     constexpr auto row_step = [](int64_t lda) { return kLayout == Layout::kRows ? lda : 1; };
     int r = 0;
     for (; r + kRows <= rows; r += kRows) {
         prefetch.step(r, r + kRows, rows);
-        multiply_tile<kRows, kVectors, kLayout, kStart, Dot>(depth, a + r * row_step(lda), lda, b, ldb,
-                                                             c + r * ldc, ldc, scale);
+        multiply_tile<kRows, kVectors, kLayout, kStart, Dot>(depth, a + r * row_step(lda), lda, b,
+                                                             ldb, c + r * ldc, ldc, scale);
     }
     prefetch.step(r, rows, rows);
-    multiply_rest<kRows - 1, kVectors, kLayout, kStart, Dot>(
-        rows - r, depth, a + r * row_step(lda), lda, b, ldb, c + r * ldc, ldc, scale);
+    multiply_rest<kRows - 1, kVectors, kLayout, kStart, Dot>(rows - r, depth, a + r * row_step(lda),
+                                                             lda, b, ldb, c + r * ldc, ldc, scale);
 }
 
 // `lanes` is a multiple of kLanes; `depth` counts elements, so pairs for BFloat16Dot.
 template <Layout kLayout, Start kStart, class Dot>
-static void multiply(Dot, int rows, int lanes, int depth, const typename Dot::Element* a, int64_t lda,
-                     const typename Dot::Element* b, int64_t ldb, float* c, int64_t ldc,
-                     const float* scale = nullptr, const Prefetch& prefetch = {}) {
+static void multiply(Dot, int rows, int lanes, int depth, const typename Dot::Element* a,
+                     int64_t lda, const typename Dot::Element* b, int64_t ldb, float* c,
+                     int64_t ldc, const float* scale = nullptr, const Prefetch& prefetch = {}) {
     for_panels(lanes, [&](auto vectors, int lane) {
         multiply_panel<decltype(vectors)::value, kLayout, kStart, Dot>(
             rows, depth, a, lda, b + lane, ldb, c + lane, ldc,

@@ -3,13 +3,13 @@
 
 #include "params.h"
 
-#define NABLA_DECLARE_KERNELS(isa)                              \
-    namespace nabla::cpu::isa {                                 \
-    void block_mean(const BlockMeanParams&);                    \
-    void pooled_scores(const ScoresParams&);                    \
-    void block_mask(const BlockMaskParams&);                    \
-    void attention_forward(const AttentionParams&);             \
-    void attention_backward(const AttentionBackwardParams&);    \
+#define NABLA_DECLARE_KERNELS(isa)                           \
+    namespace nabla::cpu::isa {                              \
+    void block_mean(const BlockMeanParams&);                 \
+    void pooled_scores(const ScoresParams&);                 \
+    void block_mask(const BlockMaskParams&);                 \
+    void attention_forward(const AttentionParams&);          \
+    void attention_backward(const AttentionBackwardParams&); \
     }
 
 NABLA_DECLARE_KERNELS(portable)

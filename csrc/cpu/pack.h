@@ -44,9 +44,11 @@ struct Operand {
 template <class T>
 static inline Operand<T> copied_rows(const T* x, int64_t stride, int n, int dim, Element<T>* copy) {
     for (int i = 0; i < n; ++i) {
-        if constexpr (kPair<T> == 2) std::memcpy(copy + i * (dim / 2), x + i * stride, dim * sizeof(T));
+        if constexpr (kPair<T> == 2)
+            std::memcpy(copy + i * (dim / 2), x + i * stride, dim * sizeof(T));
         else
-            for (int d = 0; d < dim; d += kWidth) store(copy + i * dim + d, load(x + i * stride + d));
+            for (int d = 0; d < dim; d += kWidth)
+                store(copy + i * dim + d, load(x + i * stride + d));
     }
     return {copy, dim / kPair<T>};
 }
@@ -62,7 +64,7 @@ static inline Operand<T> rows_of(const T* x, int64_t stride, int n, int dim, Ele
 template <class T>
 static inline Operand<T> steps_of(const T* x, int64_t stride, int n, int dim, Element<T>* copy) {
     if constexpr (kPair<T> == 1) {
-        // Rows far apart would fall into the same few sets of the cache, where a product walks down columns.
+        // A product walks down the columns: rows far apart would share a few sets of the cache.
         if constexpr (kSame<T, float>)
             if (stride == dim) return {x, stride};
         return copied_rows(x, stride, n, dim, copy);
@@ -70,7 +72,8 @@ static inline Operand<T> steps_of(const T* x, int64_t stride, int n, int dim, El
         for (int i = 0; i < n; i += 2)
             for (int d = 0; d < dim; d += kWidth) {
                 const Words low = widen(load_raw<Halves>(x + i * stride + d));
-                const Words high = i + 1 < n ? widen(load_raw<Halves>(x + (i + 1) * stride + d)) : Words{};
+                const Words high =
+                    i + 1 < n ? widen(load_raw<Halves>(x + (i + 1) * stride + d)) : Words{};
                 store_raw(copy + i / 2 * dim + d, low | (high << 16));
             }
         return {copy, dim};
@@ -78,7 +81,8 @@ static inline Operand<T> steps_of(const T* x, int64_t stride, int n, int dim, El
 }
 
 template <class T>
-static inline void lanes_of(const T* x, int64_t stride, int n, int dim, int lanes, Element<T>* packed) {
+static inline void lanes_of(const T* x, int64_t stride, int n, int dim, int lanes,
+                            Element<T>* packed) {
     constexpr int kStep = kWidth * kPair<T>;  // elements of one square
     for (int lane = 0; lane < lanes; lane += kWidth) {
         int d = 0;
@@ -93,7 +97,8 @@ static inline void lanes_of(const T* x, int64_t stride, int n, int dim, int lane
             }
             transpose(square);
 #pragma GCC unroll 16
-            for (int i = 0; i < kWidth; ++i) store_raw(packed + (d / kPair<T> + i) * lanes + lane, square[i]);
+            for (int i = 0; i < kWidth; ++i)
+                store_raw(packed + (d / kPair<T> + i) * lanes + lane, square[i]);
         }
         for (; d < dim; d += kPair<T>)
             for (int i = lane; i < lane + kWidth; ++i) {
@@ -106,8 +111,8 @@ static inline void lanes_of(const T* x, int64_t stride, int n, int dim, int lane
 
 // x[i, d] = packed[d, i] * factor[i], or x[i, d] += that, for i < n.
 template <bool kAdd, class T>
-static inline void store_lanes(const float* packed, const float* factor, int n, int dim, int lanes, T* x,
-                               int64_t stride) {
+static inline void store_lanes(const float* packed, const float* factor, int n, int dim, int lanes,
+                               T* x, int64_t stride) {
     for (int lane = 0; lane < n; lane += kWidth)
         for (int d = 0; d < dim; d += kWidth) {
             Words square[kWidth];

@@ -1,4 +1,5 @@
-// mean[n] = mean of x over the tokens of block n;  scores[i, j] = softmax_j(scale * q_mean[i] . k_mean[j]).
+// mean[n] = mean of x over the tokens of block n;  scores[i, j] = softmax_j(scale * q_mean[i] .
+// k_mean[j]).
 #include "cpu/scores.h"
 
 #include "cpu/kernels.h"
@@ -34,21 +35,23 @@ void block_mean(const BlockMeanParams& p) {
     with_dtype(p.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         const int groups = (p.blocks + kMeanBlocks - 1) / kMeanBlocks;
-        parallel_for(p.threads, static_cast<int64_t>(p.batch) * p.heads * groups, [&](int64_t task, int) {
-            const int64_t h = task / groups % p.heads, b = task / groups / p.heads;
-            const int begin = task % groups * kMeanBlocks;
-            for (int n = begin; n < p.blocks && n < begin + kMeanBlocks; ++n) {
-                const T* x = at<T>(p.x, b, h, p.starts[n] - p.starts[0]);
-                const int64_t head = (b * p.heads + h) * p.head_dim;
-                float* mean = p.mean_stride ? p.mean + head * p.mean_stride + n
-                                            : p.mean + head * p.blocks + n * p.head_dim;
-                const int64_t step = p.mean_stride ? p.mean_stride : 1;
-                for_panels(p.head_dim, [&](auto vectors, int d) {
-                    mean_panel<decltype(vectors)::value>(x + d, p.x.stride_s, p.starts[n + 1] - p.starts[n],
-                                                         mean + d * step, step);
-                });
-            }
-        });
+        parallel_for(
+            p.threads, static_cast<int64_t>(p.batch) * p.heads * groups, [&](int64_t task, int) {
+                const int64_t h = task / groups % p.heads, b = task / groups / p.heads;
+                const int begin = task % groups * kMeanBlocks;
+                for (int n = begin; n < p.blocks && n < begin + kMeanBlocks; ++n) {
+                    const T* x = at<T>(p.x, b, h, p.starts[n] - p.starts[0]);
+                    const int64_t head = (b * p.heads + h) * p.head_dim;
+                    float* mean = p.mean_stride ? p.mean + head * p.mean_stride + n
+                                                : p.mean + head * p.blocks + n * p.head_dim;
+                    const int64_t step = p.mean_stride ? p.mean_stride : 1;
+                    for_panels(p.head_dim, [&](auto vectors, int d) {
+                        mean_panel<decltype(vectors)::value>(x + d, p.x.stride_s,
+                                                             p.starts[n + 1] - p.starts[n],
+                                                             mean + d * step, step);
+                    });
+                }
+            });
     });
 }
 

@@ -1,4 +1,4 @@
-// Rows of pooled scores, for the stage of that name and for the mask that is built from them in passing.
+// Rows of pooled scores, for the stage of that name and for the mask that is built in passing.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -10,7 +10,8 @@ constexpr int kScoreRows = 12;  // query blocks whose logits are computed togeth
 
 static inline Ints is_finite(Floats x) { return x - x == 0; }
 
-// Turn the logits of one row into scores: entries `count` .. padded - 1 and those not finite become +inf.
+// Turn the logits of one row into scores: entries `count` .. padded - 1 and those not finite become
+// +inf.
 static inline void softmax_row(float* row, int count, int padded, float scale) {
     for (int j = count; j < padded; ++j) row[j] = kInfinity;
     Floats top = splat(-kInfinity), total{};
@@ -31,13 +32,15 @@ static inline void softmax_row(float* row, int count, int padded, float scale) {
     for (int j = 0; j < padded; j += kWidth) store(row + j, load(row + j) / sum_of_all);
 }
 
-// Scores of the query blocks first .. first + n - 1 (n <= kScoreRows) into rows of k_mean_stride elements.
+// Scores of n <= kScoreRows query blocks from `first` on, into rows of k_mean_stride elements.
 static inline void score_rows(const ScoresParams& p, int b, int h, int first, int n, float* rows) {
     const int kv_head = h / (p.heads / p.kv_heads), padded = p.k_mean_stride;
-    const float* q = p.q_mean + ((static_cast<int64_t>(b) * p.heads + h) * p.q_blocks + first) * p.head_dim;
-    const float* k = p.k_mean + (static_cast<int64_t>(b) * p.kv_heads + kv_head) * p.head_dim * padded;
-    multiply<Layout::kRows, Start::kZero>(FloatDot{}, n, padded, p.head_dim, q, p.head_dim, k, padded, rows,
-                                          padded);
+    const float* q =
+        p.q_mean + ((static_cast<int64_t>(b) * p.heads + h) * p.q_blocks + first) * p.head_dim;
+    const float* k =
+        p.k_mean + (static_cast<int64_t>(b) * p.kv_heads + kv_head) * p.head_dim * padded;
+    multiply<Layout::kRows, Start::kZero>(FloatDot{}, n, padded, p.head_dim, q, p.head_dim, k,
+                                          padded, rows, padded);
     for (int i = 0; i < n; ++i) {
         const bool is_extra = p.q_block_offset + first + i >= p.blocks.grid_count;
         softmax_row(rows + i * padded, is_extra ? 0 : p.blocks.grid_count, padded, p.scale);
@@ -48,11 +51,12 @@ static inline void score_rows(const ScoresParams& p, int b, int h, int first, in
 template <class Visit>
 static inline void for_each_row_group(const ScoresParams& p, Visit visit) {
     const int groups = (p.q_blocks + kScoreRows - 1) / kScoreRows;
-    parallel_for(p.threads, static_cast<int64_t>(p.batch) * p.heads * groups, [&](int64_t task, int slot) {
-        const int first = task % groups * kScoreRows, left = p.q_blocks - first;
-        visit(task / groups / p.heads, task / groups % p.heads, first, left < kScoreRows ? left : kScoreRows,
-              slot);
-    });
+    parallel_for(p.threads, static_cast<int64_t>(p.batch) * p.heads * groups,
+                 [&](int64_t task, int slot) {
+                     const int first = task % groups * kScoreRows, left = p.q_blocks - first;
+                     visit(task / groups / p.heads, task / groups % p.heads, first,
+                           left < kScoreRows ? left : kScoreRows, slot);
+                 });
 }
 
 }  // namespace nabla::cpu::NABLA_ISA

@@ -1,4 +1,4 @@
-// Memory that the tasks of one launch work in: one piece per slot of run_tasks, aligned to cache lines.
+// Memory that the tasks of one launch work in: a piece, aligned to cache lines, for each slot.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace nabla::cpu::NABLA_ISA {
 
-// Hands out aligned arrays from a piece of memory, or only counts their bytes when the piece is null.
+// Hands out aligned arrays from a piece of memory; only counts their bytes if the piece is null.
 class Arena {
   public:
     explicit Arena(char* memory) : memory_(memory) {}
@@ -26,7 +26,8 @@ class Arena {
     int64_t bytes_ = 0;
 };
 
-// `slots` copies of a struct that takes its arrays from an Arena in its constructor (Arena&, args...).
+// `slots` copies of a struct that takes its arrays from an Arena in its constructor (Arena&,
+// args...).
 template <class Arrays>
 class Scratch {
   public:

@@ -1,8 +1,9 @@
 // Vectors of kWidth floats in GCC's vector extension: the same code for every instruction set.
 //
-// This header is compiled once per instruction set, in the namespace NABLA_ISA, so that no function built
-// for one machine can be linked into the code of another. For the same reason the kernels use no templates
-// of the standard library. exp2 is accurate to 2e-7, is 0 at -127 and below, and keeps NaN.
+// This header is compiled once per instruction set, in the namespace NABLA_ISA, so that no function
+// built for one machine can be linked into the code of another. For the same reason the kernels use
+// no templates of the standard library. exp2 is accurate to 2e-7, is 0 at -127 and below, and keeps
+// NaN.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +51,7 @@ struct Float16 {
 
 constexpr float kInfinity = __builtin_inff();
 
-// ---- loads, stores and conversions ------------------------------------------------------------------
+// Loads, stores and conversions.
 
 template <class V, class T>
 static inline V load_raw(const T* p) {
@@ -82,7 +83,7 @@ static inline Floats load(const Float16* p) {
     const Words h = widen(load_raw<Halves>(p));
     const Words sign = (h & 0x8000u) << 16;
     const Words rest = (h & 0x7fffu) << 13;
-    // Read as a float, the exponent is 112 too small; the product also makes subnormal numbers right.
+    // Read as a float, the exponent is 112 too small; the product also corrects subnormals.
     const Words finite = (Words)((Floats)rest * 0x1p112f);
     const Words special = rest | 0x7f800000u;
     return (Floats)(sign | (rest >= (0x7c00u << 13) ? special : finite));
@@ -130,9 +131,9 @@ static inline void store(Float16* p, Floats v) {
 #endif
 }
 
-// ---- arithmetic -------------------------------------------------------------------------------------
+// Arithmetic.
 
-// The larger one; x where `other` is larger or x is not a number: max(NaN, y) is NaN, max(x, NaN) is x.
+// `other` where it is larger than x, else x: max(NaN, y) is NaN and max(x, NaN) is x.
 static inline Floats max(Floats x, Floats other) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_max_ps((__m512)other, (__m512)x);
@@ -178,7 +179,7 @@ static inline uint32_t mask_bits(Ints mask) {
 #endif
 }
 
-// ---- transposition ----------------------------------------------------------------------------------
+// Transposition.
 
 // Exchange the off-diagonal kStep x kStep squares of rows a and b.
 template <int kStep>
@@ -214,23 +215,25 @@ static inline void transpose_step(Words* rows) {
 // Transpose a kWidth x kWidth square in place.
 static inline void transpose(Words* rows) { transpose_step<1>(rows); }
 
-// ---- loops ------------------------------------------------------------------------------------------
+// Loops.
 
 template <int kValue>
 struct Constant {
     static constexpr int value = kValue;
 };
 
-// Call visit(Constant<vectors>, lane) for panels of up to kTileVectors vectors that cover `lanes` lanes.
+// Call visit(Constant<vectors>, lane) for panels of up to kTileVectors vectors that cover all
+// lanes.
 template <int kVectors = kTileVectors, class Visit>
 static inline void for_panels(int lanes, Visit visit, int lane = 0) {
-    for (; lane + kVectors * kWidth <= lanes; lane += kVectors * kWidth) visit(Constant<kVectors>{}, lane);
+    for (; lane + kVectors * kWidth <= lanes; lane += kVectors * kWidth)
+        visit(Constant<kVectors>{}, lane);
     if constexpr (kVectors * kWidth > kLanes) for_panels<kVectors - 1>(lanes, visit, lane);
 }
 
 static inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// ---- element types of a launch ----------------------------------------------------------------------
+// Element types of a launch.
 
 template <class T>
 struct Type {

@@ -72,7 +72,8 @@ class ThreadPool {
     void serve() {
         std::unique_lock lock(mutex_);
         for (;;) {
-            auto found = std::find_if(jobs_.begin(), jobs_.end(), [](Job* j) { return j->wants_help(); });
+            auto found =
+                std::find_if(jobs_.begin(), jobs_.end(), [](Job* j) { return j->wants_help(); });
             if (found == jobs_.end()) {
                 wake_.wait(lock);
                 continue;
@@ -87,7 +88,8 @@ class ThreadPool {
         }
     }
 
-    static std::atomic<ThreadPool*> current;  // null in a forked child: its parent's threads are not there
+    static std::atomic<ThreadPool*>
+        current;  // null in a forked child: its parent's threads are not there
 
     std::mutex mutex_;
     std::condition_variable wake_;

@@ -1,8 +1,9 @@
-// Threads shared by every launch: run(threads, tasks, task) calls task(index, slot) once for each index < tasks.
+// Threads shared by every launch: run(threads, tasks, task) calls task(index, slot) once for each
+// index < tasks.
 //
-// Tasks are handed out one by one, so which thread runs a task is open; slot < threads names scratch memory
-// that no other running task uses. The caller works too: concurrent callers share the workers and none waits
-// for another. A forked child starts with a pool of its own.
+// Tasks are handed out one by one, so which thread runs a task is open; slot < threads names
+// scratch memory that no other running task uses. The caller works too: concurrent callers share
+// the workers and none waits for another. A forked child starts with a pool of its own.
 #pragma once
 
 #include <cstdint>
