@@ -59,6 +59,21 @@ class CosineCodec:
         return torch.stack(rows), torch.tensor(scales)
 
 
+def to_motion(latents: Tensor) -> Tensor:
+    """Keep the first frame of latents [..., T, h, w, C]; turn the others into what they add to it.
+
+    What stands still is zero then, and a model of motion need not draw it again.
+    """
+    first, later = latents.split((1, latents.shape[-4] - 1), dim=-4)
+    return torch.cat([first, (later - first) / _MOTION_SCALE], dim=-4)
+
+
+def from_motion(motion: Tensor) -> Tensor:
+    """The latents [..., T, h, w, C] of which `motion` is `to_motion`."""
+    first, later = motion.split((1, motion.shape[-4] - 1), dim=-4)
+    return torch.cat([first, first + later * _MOTION_SCALE], dim=-4)
+
+
 def cosine_basis(n: int) -> Tensor:
     """The orthonormal DCT-II of n points, rows are frequencies, [n, n]."""
     k = torch.arange(n)
@@ -71,3 +86,5 @@ def cosine_basis(n: int) -> Tensor:
 # others of about 0.5: noise hides fine detail before coarse, as in pixels, and both are learnt.
 _SCALE = (1.6, 0.5, 0.5)
 _DECAY = 0.6
+# What the later frames of the training clips add to the first then has about unit variance.
+_MOTION_SCALE = 0.4

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from kandinsky_model.attention import DenseAttention, VisualAttention
 from kandinsky_model.checkpoint import save_checkpoint
 from kandinsky_model.clip import fit, read_clip
-from kandinsky_model.codec import PATCH, CosineCodec
+from kandinsky_model.codec import PATCH, CosineCodec, to_motion
 from kandinsky_model.config import PRESETS
 from kandinsky_model.model import CrossDiT, TransformerDecoderBlock
 from kandinsky_model.sampler import empty_text, model_input
@@ -103,8 +103,9 @@ class Windows:
         ]
 
     def draw(self, recipe: Recipe, generator: torch.Generator) -> Tensor:
-        """A batch of windows [B, T, H, W, C]."""
-        return torch.stack([self._window(recipe, generator) for _ in range(recipe.batch)])
+        """A batch of windows [B, T, H, W, C]: a first frame and the motion after it."""
+        windows = [self._window(recipe, generator) for _ in range(recipe.batch)]
+        return to_motion(torch.stack(windows))
 
     def _window(self, recipe: Recipe, generator: torch.Generator) -> Tensor:
         latents = self.latents[int(torch.multinomial(self.weights, 1, generator=generator))]

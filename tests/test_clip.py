@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kandinsky_model.clip import find_clip, fit, read_clip, side_by_side, write_gif, write_mp4
-from kandinsky_model.codec import CosineCodec, cosine_basis
+from kandinsky_model.codec import CosineCodec, cosine_basis, from_motion, to_motion
 
 
 def psnr(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -101,3 +101,11 @@ def test_codec_keeps_what_the_eye_sees(name):
 def test_codec_rejects_other_sizes():
     with pytest.raises(ValueError, match="30x32 do not divide into 4x4 patches"):
         CosineCodec().encode(torch.zeros(1, 30, 32, 3, dtype=torch.uint8))
+
+
+def test_motion_round_trip():
+    latents = torch.randn(2, 5, 4, 6, 16)
+    motion = to_motion(latents)
+    assert torch.equal(motion[:, :1], latents[:, :1])
+    assert not to_motion(latents[:, :1].expand(-1, 5, -1, -1, -1))[:, 1:].any()
+    torch.testing.assert_close(from_motion(motion), latents)
