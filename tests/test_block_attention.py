@@ -234,6 +234,44 @@ def test_large_scores_do_not_overflow(backend):
     check(q * 30, k * 30, v, dout, keep, grid, backend)
 
 
+@pytest.mark.parametrize("magnitude", [1e3, 1e5])
+def test_huge_scores_stay_finite(backend, magnitude):
+    grid = TokenGrid(2, 8, 16)
+    q, k, v, dout, keep = problem(grid)
+    mask = BlockMask.from_dense(keep, grid=grid)
+    results = gradients(
+        lambda q, k, v: nabla.block_sparse_attention(
+            q, k, v, mask, return_lse=True, backend=backend
+        ),
+        q * magnitude,
+        k * magnitude,
+        v,
+        dout,
+    )
+    for x in results:
+        assert x.isfinite().all()
+    exact, _ = attention(
+        *(x.double() for x in (q * magnitude, k * magnitude, v)), token_mask(keep, grid), 32**-0.5
+    )
+    assert (results[0] - exact).abs().mean() < 1e-3  # all of a row is on its largest score
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(backend, scale):
+    grid = TokenGrid(2, 9, 16)
+    q, k, v, _, keep = problem(grid)
+    keep[:, :, 1] = False
+    mask = BlockMask.from_dense(keep, grid=grid)
+    out, lse = nabla.block_sparse_attention(
+        q, k, v, mask, scale=scale, return_lse=True, backend=backend
+    )
+    exact_out, exact_lse = attention(
+        *(x.double() for x in (q, k, v)), token_mask(keep, grid), scale
+    )
+    torch.testing.assert_close(out.double(), exact_out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
+
+
 def test_deterministic(backend):
     grid = TokenGrid(3, 20, 20)
     q, k, v, dout, keep = problem(grid, (4, 2))

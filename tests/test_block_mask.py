@@ -69,6 +69,15 @@ def test_ties_in_long_rows(backend, top_p):
         assert set(kept.nonzero().flatten().tolist()) == fewest(row, exact_p)
 
 
+@pytest.mark.parametrize("value", [0.3, 1.1, 1e-30])
+def test_equal_tokens_tie_on_ragged_grids(backend, value):
+    """Blocks of 64 and of 40 equal tokens have equal means: the lowest indices are kept."""
+    grid = TokenGrid(2, 13, 21)
+    x = torch.full((1, 1, grid.num_tokens, 64), value)
+    keep = nabla.create_block_mask(x, x, grid=grid, top_p=0.5, backend=backend).to_dense()
+    assert keep[0, 0].tolist() == [[True] * 6 + [False] * 6] * 12
+
+
 def test_uniform_scores_keep_exactly_the_share(backend, run):
     scores = torch.full((1, 1, 4, 4), 0.25)
     mask = run(nabla.select_blocks, scores, TokenGrid(4, 8, 8), top_p=0.5, backend=backend)

@@ -269,6 +269,32 @@ def test_a_forked_child_works(threads):
     assert [x.numpy().tobytes() for x in attend()] == expected
 
 
+def test_another_thread_may_use_many_grids():
+    """Whatever is cached for a grid outlives the launch that reads it."""
+    grid = TokenGrid(64, 8, 8)
+    x = torch.randn(1, 1, grid.num_tokens, 32)
+    mask = nabla.sliding_tile_mask(grid, (5, 1, 1))
+    expected = nabla.block_sparse_attention(x, x, x, mask, backend="cpu")
+    running = threading.Event()
+    running.set()
+
+    def use_grids():
+        while running.is_set():
+            for length in range(1, 200):
+                tokens = torch.ones(1, 1, length, 32)
+                nabla.block_mean(tokens, TokenGrid(1, 1, length, (1, 1, 16)), backend="cpu")
+
+    other = threading.Thread(target=use_grids)
+    other.start()
+    try:
+        for _ in range(30):
+            out = nabla.block_sparse_attention(x, x, x, mask, backend="cpu")
+            assert torch.equal(out, expected)
+    finally:
+        running.clear()
+        other.join()
+
+
 # The installation
 
 

@@ -22,7 +22,7 @@ struct ForwardArrays {
     float* scores;       // [keys, lanes]
     Element<T>* p;       // [keys, lanes]; the scores themselves where elements are floats
     float* out;          // [D, lanes]
-    float *top, *total;  // [lanes]: running maximum (log2 units) and sum of p
+    float *top, *total;  // [lanes]: running maximum (of sign * q . k), sum of p
     float* correction;   // [lanes]: what a new maximum multiplies out and total by
 
     ForwardArrays(Arena& arena, int dim)
@@ -42,27 +42,38 @@ struct ForwardArrays {
     }
 };
 
+// The factor of q . k in two parts. The maximum is taken of sign * q . k, which is exact, so the
+// difference from it is never positive and is as accurate for large scores as for small ones.
+struct Scale {
+    float sign;       // 1 or -1
+    float magnitude;  // never 0: where nothing has been seen the maximum is -inf, and -inf * 0 is NaN
+
+    explicit Scale(float scale)
+        : sign(scale < 0 ? -1 : 1), magnitude(scale == 0 ? 0x1p-126f : scale * sign) {}
+};
+
 // Turn the scores of `keys` more keys into p, with the running maximum and sum of kVectors vectors
 // of lanes.
 template <class T, int kVectors>
-void softmax_panel(const ForwardArrays<T>& a, int lane, int lanes, int keys, float scale_log2) {
+void softmax_panel(const ForwardArrays<T>& a, int lane, int lanes, int keys, Scale scale) {
+    const float scale_log2 = scale.magnitude * kLog2E;
     Floats top[kVectors], shift[kVectors], total[kVectors];
     for (int v = 0; v < kVectors; ++v) top[v] = load(a.top + lane + v * kWidth);
     for (int j = 0; j < keys; ++j)
         for (int v = 0; v < kVectors; ++v)
-            top[v] = max(top[v], load(a.scores + j * lanes + lane + v * kWidth) * scale_log2);
+            top[v] = max(top[v], load(a.scores + j * lanes + lane + v * kWidth) * scale.sign);
     for (int v = 0; v < kVectors; ++v) {
         const int at = lane + v * kWidth;
         shift[v] = top[v] == -kInfinity ? Floats{}
                                         : top[v];  // no score above -inf yet: p and total stay 0
-        const Floats correction = exp2(load(a.top + at) - shift[v]);
+        const Floats correction = exp2((load(a.top + at) - shift[v]) * scale_log2);
         total[v] = load(a.total + at) * correction;
         store(a.correction + at, correction);
         store(a.top + at, top[v]);
     }
     const auto probability = [&](int j, int v) {
-        const Floats p =
-            exp2(load(a.scores + j * lanes + lane + v * kWidth) * scale_log2 - shift[v]);
+        const Floats score = load(a.scores + j * lanes + lane + v * kWidth);
+        const Floats p = exp2((score * scale.sign - shift[v]) * scale_log2);
         total[v] += p;
         return p;
     };
@@ -85,6 +96,7 @@ template <class T>
 void forward_tile(const AttentionParams& p, const ForwardArrays<T>& a, int b, int h, int block,
                   int64_t row, int n, int lanes) {
     const int dim = p.head_dim, kv_head = h / (p.heads / p.kv_heads);
+    const Scale scale(p.scale);
     lanes_of(at<T>(p.q, b, h, row), p.q.stride_s, n, dim, lanes, a.q);
     for (int i = 0; i < dim * lanes; ++i) a.out[i] = 0;
     for (int i = 0; i < lanes; ++i) a.top[i] = -kInfinity, a.total[i] = 0;
@@ -97,7 +109,7 @@ void forward_tile(const AttentionParams& p, const ForwardArrays<T>& a, int b, in
                                                   k.stride, a.q, lanes, a.scores, lanes, nullptr,
                                                   prefetch_rows(keys_v, p.v.stride_s, keys, dim));
             for_panels(lanes, [&](auto vectors, int lane) {
-                softmax_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, p.scale * kLog2E);
+                softmax_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, scale);
             });
             const auto v = steps_of(keys_v, p.v.stride_s, keys, dim, a.v);
             multiply<Layout::kColumns, Start::kScaled>(
@@ -107,7 +119,7 @@ void forward_tile(const AttentionParams& p, const ForwardArrays<T>& a, int b, in
         });
 
     float* lse = p.lse + (static_cast<int64_t>(b) * p.heads + h) * query_start(p, p.q_blocks) + row;
-    for (int i = 0; i < n; ++i) lse[i] = a.top[i] * kLn2 + __builtin_logf(a.total[i]);
+    for (int i = 0; i < n; ++i) lse[i] = a.top[i] * scale.magnitude + __builtin_logf(a.total[i]);
     float* inverse = a.correction;
     for (int i = 0; i < lanes; ++i) inverse[i] = a.total[i] == 0 ? 0 : 1 / a.total[i];
     store_lanes<false>(a.out, inverse, n, dim, lanes, at<T>(p.out, b, h, row), p.out.stride_s);

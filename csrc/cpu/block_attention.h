@@ -10,7 +10,6 @@ constexpr int kQueryTile = 64;  // most query rows computed together; they lie a
 constexpr int kKeyTile = 64;    // most keys computed together; a multiple of 2
 
 constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 
 // Offset of block i's first token within q, which starts at block q_block_offset.
 static inline int64_t query_start(const AttentionParams& p, int block) {

@@ -27,7 +27,7 @@ struct BackwardArrays {
     Element<T>*p, *ds;           // [keys, lanes], pairs along lanes; scores and dp where floats
     Element<T>* ds_steps;        // [keys, lanes], pairs along keys; dp where floats
     float* dq;                   // [D, lanes]
-    float *shift, *delta, *one;  // [lanes]: lse in log2 units, delta, 1
+    float *shift, *delta, *one;  // [lanes]: lse, delta, 1
 
     BackwardArrays(Arena& arena, int dim)
         : q_lanes(arena.take<Element<T>>(dim * kQueryTile)),
@@ -69,10 +69,10 @@ void gradient_panel(const BackwardArrays<T>& a, int lane, int lanes, int keys, f
         shift[v] = load(a.shift + lane + v * kWidth);
         delta[v] = load(a.delta + lane + v * kWidth);
     }
-    const float scale_log2 = scale * kLog2E;
     const auto gradient = [&](int j, int v, Floats& p) {
         const int at = j * lanes + lane + v * kWidth;
-        p = exp2(load(a.scores + at) * scale_log2 - shift[v]);
+        const Floats x = (load(a.scores + at) * scale - shift[v]) * kLog2E;
+        p = exp2(x > 0.0f ? Floats{} : x);  // lse is rounded; p is at most 1
         return p * (load(a.dp + at) - delta[v]) * scale;
     };
     if constexpr (kPair<T> == 1) {
@@ -122,7 +122,7 @@ void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
     const auto dout_steps = steps_of(dout, p.dout.stride_s, n, dim, a.dout_steps);
     for (int i = 0; i < lanes; ++i) {
         const float lse = i < n ? f.lse[stat + i] : 0;
-        a.shift[i] = lse == -kInfinity ? 0 : lse * kLog2E;
+        a.shift[i] = lse == -kInfinity ? 0 : lse;
         a.delta[i] = i < n ? p.delta[stat + i] : 0;
         a.one[i] = 1;
     }

@@ -10,17 +10,34 @@ namespace {
 
 constexpr int kMeanBlocks = 16;  // blocks that one task averages
 
+// Sums of one vector of floats. In double precision equal tokens have equal means, however many of
+// them a block has.
+struct Sums {
+    Doubles halves[2]{};
+
+    void add(Floats x) {
+        HalfFloats parts[2];
+        std::memcpy(parts, &x, sizeof x);
+        for (int i = 0; i < 2; ++i) halves[i] += __builtin_convertvector(parts[i], Doubles);
+    }
+    Floats over(double n) const {
+        HalfFloats parts[2];
+        for (int i = 0; i < 2; ++i) parts[i] = __builtin_convertvector(halves[i] / n, HalfFloats);
+        return load_raw<Floats>(parts);
+    }
+};
+
 // Mean of the rows x[0 .. n - 1] of kVectors vectors.
 template <int kVectors, class T>
 void mean_panel(const T* x, int64_t stride, int n, float* mean, int64_t mean_stride) {
-    Floats total[kVectors] = {};
+    Sums total[kVectors];
     for (int i = 0; i < n; ++i)
-        for (int v = 0; v < kVectors; ++v) total[v] += load(x + i * stride + v * kWidth);
+        for (int v = 0; v < kVectors; ++v) total[v].add(load(x + i * stride + v * kWidth));
     for (int v = 0; v < kVectors; ++v) {
-        total[v] = total[v] / static_cast<float>(n);
-        if (mean_stride == 1) store(mean + v * kWidth, total[v]);
+        const Floats result = total[v].over(n);
+        if (mean_stride == 1) store(mean + v * kWidth, result);
         else
-            for (int i = 0; i < kWidth; ++i) mean[(v * kWidth + i) * mean_stride] = total[v][i];
+            for (int i = 0; i < kWidth; ++i) mean[(v * kWidth + i) * mean_stride] = result[i];
     }
 }
 
