@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kMostChunkBlocks = 32;   // more would leave the second-level cache
 constexpr int kFewestChunkBlocks = 8;  // fewer would pack each query block too often
-constexpr int kRoundTasks = 32;        // wanted between these bounds, to feed the threads
+constexpr int kRoundTasks = 16;        // wanted between these bounds, to feed the threads
 
 template <class T>
 struct BackwardArrays {
