@@ -11,7 +11,7 @@ BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt)
 STAGES := $(basename $(notdir $(wildcard $(addprefix benchmarks/,scores.py block_mask.py block_attention.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench gpu-check
+.PHONY: help setup demo test lint bench sanitize gpu-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,12 @@ lint: $(READY)  ## ruff and mypy
 
 bench: $(READY)  ## the benchmarks of the stages, on this machine
 	@for stage in $(STAGES); do $(BIN)/python -m benchmarks.$$stage || exit; done
+
+# The sanitizers' runtime has to be there before torch throws: libasan alone would crash then.
+sanitize: $(READY)  ## the tests of the native kernels, built with address and undefined sanitizers
+	NABLA_SANITIZE=ON $(BIN)/python -m pip install . --no-deps --upgrade --target build/sanitize
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize $(BIN)/pytest tests/test_cpu.py -k "not threads" --timeout 1200 --numprocesses $(JOBS)
 
 # A PYTHON that is named is taken; else the one in .venv, if it is there.
 gpu-check:  ## on a machine with CUDA: the tests marked gpu, with the Python found and no network

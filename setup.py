@@ -50,6 +50,7 @@ class BuildKernels(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
+            f"-DNABLA_SANITIZE={os.environ.get('NABLA_SANITIZE', 'OFF')}",
         )
         run("cmake", "--build", str(build))
 

@@ -15,13 +15,13 @@ OFFSET = 1
 DIFFERENTIABLE = {"attention_fwd"}
 
 
-def arguments(name, requires_grad=False, layout="BHSD"):
+def arguments(name, requires_grad=False, layout="BHSD", backend="reference"):
     """Arguments of an operator: ragged, grouped heads, a slice of the queries."""
 
     def tensor(heads, size):
         if layout == "BSHD":
-            return torch.randn(2, size, heads, 16).transpose(1, 2)
-        return torch.randn(2, heads, size, 16)
+            return torch.randn(2, size, heads, 32).transpose(1, 2)
+        return torch.randn(2, heads, size, 32)
 
     num_q = GRID.num_tokens - GRID.block_start(OFFSET)
     num_q_blocks = GRID.num_blocks - OFFSET
@@ -31,15 +31,15 @@ def arguments(name, requires_grad=False, layout="BHSD"):
     grid, top_p = GRID.as_ints(), torch.full((4,), 0.5)
     bits = torch.randint(1, 2**GRID.num_blocks, (2, 4, num_q_blocks, 1), dtype=torch.int32)
     if name == "block_mean":
-        return q, grid, OFFSET, "reference"
+        return q, grid, OFFSET, backend
     if name == "pooled_scores":
-        return q, k, grid, OFFSET, 0.2, "reference"
+        return q, k, grid, OFFSET, 0.2, backend
     if name == "select_blocks":
         scores = torch.rand(2, 4, num_q_blocks, GRID.num_blocks, requires_grad=requires_grad)
-        return scores, top_p, grid, [1, 3, 1], OFFSET, "reference"
+        return scores, top_p, grid, [1, 3, 1], OFFSET, backend
     if name == "create_block_mask":
-        return q, k, top_p, grid, [], OFFSET, 0.2, "reference"
-    forward = (q, k, v, bits, grid, OFFSET, 0.2, "reference")
+        return q, k, top_p, grid, [], OFFSET, 0.2, backend
+    forward = (q, k, v, bits, grid, OFFSET, 0.2, backend)
     if name == "attention_fwd":
         return forward
     with torch.no_grad():
@@ -69,10 +69,10 @@ def test_every_operator_is_whole(name):
 
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
 @pytest.mark.parametrize("name", ops.SCHEMAS)
-def test_fakes_match_strides_and_dtypes(name, layout):
+def test_fakes_match_strides_and_dtypes(name, layout, backend):
     """Shapes, strides, dtypes and devices of what the tracer sees are those of what runs."""
     operator = getattr(torch.ops.nabla, name).default
-    real_arguments = arguments(name, layout=layout)
+    real_arguments = arguments(name, layout=layout, backend=backend)
     real = operator(*real_arguments)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = operator(
