@@ -205,7 +205,8 @@ def psnr(actual: Tensor, expected: Tensor) -> float:
 
 
 def _table(comparisons: list[Comparison], *, title: str) -> Table:
-    table = Table(title=title, caption=f"NABLA with its mask; medians of {REPEATS}, taken in turn")
+    caption = f"NABLA with its mask; medians of {REPEATS}, taken in turn"
+    table = Table(title=title, caption=caption, box=None, pad_edge=False)
     for heading in ("tokens", "top_p", "density", "dense ms", "NABLA ms", "speed-up"):
         table.add_column(heading, justify="right")
     table.add_column("retained mass", justify="right")
