@@ -141,6 +141,18 @@ def test_expanded_inputs_and_gradients(backend):
     check(q, k, v, torch.ones(()).expand(q.shape), keep, grid, backend)
 
 
+def test_a_gradient_without_strides(backend):
+    """sum() hands back one number, expanded to the shape of out."""
+    grid = TokenGrid(2, 9, 9)
+    q, k, v, _, keep = problem(grid)
+    mask = BlockMask.from_dense(keep, grid=grid)
+    q.requires_grad_()
+    out = nabla.block_sparse_attention(q, k, v, mask, backend=backend)
+    (expected,) = torch.autograd.grad(out, q, torch.ones_like(out), retain_graph=True)
+    (actual,) = torch.autograd.grad(out.sum(), q)
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1), (1, 1)], ids=str)
 def test_masks_for_any_batch_and_heads(backend, run, shape):
     grid = TokenGrid(3, 10, 12)
