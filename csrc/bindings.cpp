@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -169,6 +170,7 @@ PYBIND11_MODULE(_cpu, m) {
     using nabla::cpu::Kernels;
     m.doc() = "Native CPU kernels; see csrc/params.h for the fields of each launch.";
     m.def("instruction_sets", nabla::instruction_sets, "Those this machine runs, best first.");
+    m.def("prefer_huge_pages", nabla::cpu::prefer_huge_pages, "Under bytes from an address on.");
     nabla::define_launch(m, "block_mean", nabla::block_mean_params, &Kernels::block_mean);
     nabla::define_launch(m, "pooled_scores", nabla::scores_params, &Kernels::pooled_scores);
     nabla::define_launch(m, "block_mask", nabla::block_mask_params, &Kernels::block_mask);

@@ -45,8 +45,9 @@ struct ForwardArrays {
 // The factor of q . k in two parts. The maximum is taken of sign * q . k, which is exact, so the
 // difference from it is never positive and is as accurate for large scores as for small ones.
 struct Scale {
-    float sign;       // 1 or -1
-    float magnitude;  // never 0: where nothing has been seen the maximum is -inf, and -inf * 0 is NaN
+    float sign;  // 1 or -1
+    float
+        magnitude;  // never 0: where nothing has been seen the maximum is -inf, and -inf * 0 is NaN
 
     explicit Scale(float scale)
         : sign(scale < 0 ? -1 : 1), magnitude(scale == 0 ? 0x1p-126f : scale * sign) {}
@@ -97,6 +98,11 @@ void forward_tile(const AttentionParams& p, const ForwardArrays<T>& a, int b, in
                   int64_t row, int n, int lanes) {
     const int dim = p.head_dim, kv_head = h / (p.heads / p.kv_heads);
     const Scale scale(p.scale);
+    // Where this thread is likely to go on when the others have each taken one tile.
+    const int64_t later = row + kQueryTile * p.threads;
+    Prefetch later_q;
+    if (later + n <= query_start(p, p.q_blocks))
+        later_q = prefetch_rows(at<T>(p.q, b, h, later), p.q.stride_s, n, dim);
     lanes_of(at<T>(p.q, b, h, row), p.q.stride_s, n, dim, lanes, a.q);
     for (int i = 0; i < dim * lanes; ++i) a.out[i] = 0;
     for (int i = 0; i < lanes; ++i) a.top[i] = -kInfinity, a.total[i] = 0;
@@ -112,10 +118,11 @@ void forward_tile(const AttentionParams& p, const ForwardArrays<T>& a, int b, in
                 softmax_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, scale);
             });
             const auto v = steps_of(keys_v, p.v.stride_s, keys, dim, a.v);
+            const T* next_k = at<T>(p.k, b, kv_head, next);
             multiply<Layout::kColumns, Start::kScaled>(
                 Dot<T>{}, dim, lanes, (keys + kPair<T> - 1) / kPair<T>, v.data, v.stride, a.p,
                 lanes, a.out, lanes, a.correction,
-                prefetch_rows(at<T>(p.k, b, kv_head, next), p.k.stride_s, keys, dim));
+                next == key ? later_q : prefetch_rows(next_k, p.k.stride_s, keys, dim));
         });
 
     float* lse = p.lse + (static_cast<int64_t>(b) * p.heads + h) * query_start(p, p.q_blocks) + row;

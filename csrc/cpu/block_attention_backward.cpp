@@ -14,7 +14,7 @@
 namespace nabla::cpu::NABLA_ISA {
 namespace {
 
-constexpr int kMostChunkBlocks = 32;   // more would leave the second-level cache
+constexpr int kMostChunkBlocks = 64;   // more sums would leave the caches
 constexpr int kFewestChunkBlocks = 8;  // fewer would pack each query block too often
 constexpr int kRoundTasks = 16;        // wanted between these bounds, to feed the threads
 

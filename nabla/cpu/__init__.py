@@ -72,6 +72,14 @@ def launch(stage: str, **fields) -> None:
     getattr(native(), stage)(instruction_set, threads=torch.get_num_threads(), **pointers)
 
 
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a new tensor with the strides of x, in huge pages where it fills some."""
+    empty = torch.empty_like(x, dtype=dtype)
+    storage = empty.untyped_storage()
+    native().prefer_huge_pages(storage.data_ptr(), storage.nbytes())
+    return empty
+
+
 def view(x: Tensor) -> tuple[Tensor, int, int, int]:
     """Return a tensor [B, H, S, D] with contiguous D as View of csrc/params.h."""
     batch, head, token, channel = x.stride()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla.cpu import DTYPES, blocks, launch, view
+from nabla.cpu import DTYPES, blocks, empty_like, launch, view
 from nabla.grid import TokenGrid
 
 
@@ -19,7 +19,7 @@ def attention_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Out [B, H, Sq, D] with the strides of q, and lse [B, H, Sq]; an empty row is 0 and -inf."""
-    out = torch.empty_like(q)
+    out = empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     bits = _with_contiguous_rows(bits)
     launch("attention_forward", **_fields(q, k, v, out, lse, bits, grid, q_block_offset, scale))
@@ -40,9 +40,9 @@ def attention_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients (dq, dk, dv), with the strides of q, k and v."""
-    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    gradients = [empty_like(x) for x in (q, k, v)]
     sums = [
-        x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
+        x if x.dtype == torch.float32 else empty_like(x, torch.float32)
         for x in gradients
     ]
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
