@@ -8,19 +8,21 @@ E        density * (time of F.scaled_dot_product_attention) / (our time): 1 wher
 total E  the same with our time to build a mask of this size (top_p and window) added
 
 Masks are random with a given density, which random queries and keys would not give. Nothing is
-timed before rows of the output agree with the reference.
+timed before rows of the output agree with the reference. Below the tables: a line through the times
+over kept blocks, and the memory over tokens; out/block_attention.png shows both.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import nabla
-from benchmarks.timing import heading, interleaved, peak_memory
+from benchmarks.timing import fit_line, heading, interleaved, peak_memory
 from nabla import BlockMask, TokenGrid
 
 HEADS = 4
@@ -35,22 +37,26 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5, 1.0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", type=Path, default=Path("out/block_attention.png"))
     options = parser.parse_args()
     print(heading("block attention: median (p20-p80) ms"))
+    times, memory = {}, {}
     for dtype in options.dtypes:
         for head_dim in options.head_dims:
             for seqlen in options.seqlens:
-                measure(seqlen, head_dim, DTYPES[dtype], options.densities, options.rounds)
+                times |= measure(seqlen, head_dim, DTYPES[dtype], options.densities, options.rounds)
     print("\nmemory above inputs, forward + backward, density 0.1, D=64, float32")
-    for seqlen in options.seqlens:
-        mib = peak_memory(forward_and_backward, seqlen, 64, 0.1) / 2**20
-        print(f"  S={seqlen:<6} {mib:7.0f} MiB  {mib / seqlen * 1024:.1f} KiB per token")
+    for seqlen in sorted({min(options.seqlens) // 2, *options.seqlens, 2 * max(options.seqlens)}):
+        memory[seqlen] = peak_memory(forward_and_backward, seqlen, 64, 0.1) / 2**20
+        per_token = memory[seqlen] / seqlen * 1024
+        print(f"  S={seqlen:<6} {memory[seqlen]:7.0f} MiB  {per_token:.1f} KiB per token")
+    plot(times, memory, options.plot)
 
 
 def measure(
     seqlen: int, head_dim: int, dtype: torch.dtype, densities: list[float], rounds: int
-) -> None:
-    """Print the forward and the backward table of one shape."""
+) -> dict[str, list[tuple[float, float]]]:
+    """Print the tables of one shape; return its curves: milliseconds over kept blocks."""
     q, k, v, grid = inputs(seqlen, head_dim, dtype)
     dout = torch.randn_like(q)
     masks = {density: random_mask(grid, density) for density in densities}
@@ -80,12 +86,15 @@ def measure(
 
     print(f"\nS={seqlen} H={HEADS} D={head_dim} {str(dtype).removeprefix('torch.')}")
     print(f"  mask {seconds['mask']} ms")
+    curves = {}
     for name, times, work in (("forward", seconds, 1.0), ("forward+backward", seconds_both, 3.5)):
         flops = 4 * seqlen**2 * head_dim * HEADS * work
         speed = flops / times["dense"].median / 1e9
         print(f"  {name}: dense {times['dense']} ms, {speed:.0f} GFLOP/s")
+        curve = curves[f"{name}, S={seqlen} D={head_dim} {str(dtype).removeprefix('torch.')}"] = []
         for density, mask in masks.items():
             ours, share = times[str(density)], float(mask.density())
+            curve.append((share * HEADS * grid.num_blocks**2, ours.median * 1e3))
             ideal = share * times["dense"].median
             print(
                 f"    density={share:.3f} {ours} ms"
@@ -95,6 +104,30 @@ def measure(
                 f"  total E {ideal / (ours.median + seconds['mask'].median):.2f}",
                 flush=True,
             )
+        start, slope, deviation = fit_line(curve)
+        print(
+            f"    line: {start:.1f} ms + {slope * 1e3:.2f} us per kept block, "
+            f"at most {deviation:.0%} off"
+        )
+    return curves
+
+
+def plot(times: dict[str, list[tuple[float, float]]], memory: dict[int, float], path: Path) -> None:
+    """Draw the times over kept blocks and the memory over tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, curve in times.items():
+        left.loglog(*zip(*curve, strict=True), "o-", markersize=3, linewidth=1, label=name)
+    left.set(xlabel="kept blocks, all heads", ylabel="ms", title="time over kept blocks")
+    left.legend(fontsize=5, ncols=2)
+    right.plot(memory.keys(), memory.values(), "o-")
+    right.set(xlabel="tokens", ylabel="MiB above inputs", title="memory, forward + backward")
+    right.set_ylim(bottom=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"\ncurves in {path}")
 
 
 def inputs(

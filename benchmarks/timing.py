@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import operator
 import resource
 import statistics
 import time
@@ -47,6 +48,19 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
                 if time.perf_counter() - began > 0.05:
                     break
     return {name: _seconds(values) for name, values in times.items()}
+
+
+def fit_line(points: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Fit y = start + slope * x with relative weights; also return the largest relative error."""
+    xs, ys = zip(*points, strict=True)
+    weights = [1 / y**2 for y in ys]
+    total = sum(weights)
+    x_mean, y_mean = (sum(map(operator.mul, weights, values)) / total for values in (xs, ys))
+    spread = sum(w * (x - x_mean) ** 2 for w, x in zip(weights, xs, strict=True))
+    product = sum(w * (x - x_mean) * (y - y_mean) for w, x, y in zip(weights, xs, ys, strict=True))
+    slope = product / spread if spread else 0.0
+    start = y_mean - slope * x_mean
+    return start, slope, max(abs(start + slope * x - y) / y for x, y in points)
 
 
 def peak_memory(function: Callable[..., object], *arguments) -> int:

@@ -138,16 +138,16 @@ def attention(q, k, v, mask, scale):
     return out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -math.inf)
 
 
-def assert_as_accurate_as(actual, low, exact, factor=2.0, magnitude=None):
+def assert_as_accurate_as(actual, low, exact, factor=2.0, values=None):
     """Our max and mean error may be `factor` times those of the same-precision dense reference.
 
-    `magnitude` is what the rounding errors are relative to; the largest exact value, if None.
+    The floor is a few roundings of `values`; of the exact ones, if None.
     """
     assert torch.isfinite(actual).all()
     ours, theirs = ((x.double() - exact).abs() for x in (actual, low))
-    magnitude = exact.abs().max() if magnitude is None else magnitude
-    floor = 4 * torch.finfo(torch.float32).eps * magnitude
+    values = (exact if values is None else values).abs()
     for stat in (torch.max, torch.mean):
+        floor = 4 * torch.finfo(torch.float32).eps * stat(values)
         assert stat(ours) <= factor * stat(theirs) + floor, (
             f"{stat.__name__}: {stat(ours):.3e} vs {stat(theirs):.3e}"
         )

@@ -106,9 +106,10 @@ def test_nothing_beside_the_tokens_is_read(instruction_set, dtype):
     check(*surrounded, keep, grid, "cpu")
 
 
+@pytest.mark.parametrize("window", [None, (1, 3, 1)], ids=["no window", "window"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_masks_and_scores(instruction_set, name, dtype):
+def test_masks_and_scores(instruction_set, name, dtype, window):
     grid, heads, kv_heads, head_dim = PROBLEMS[name]
     q = smooth_tokens(grid, heads, head_dim, dtype, batch=2, strength=1.0)
     k = smooth_tokens(grid, kv_heads, head_dim, dtype, batch=2, strength=1.0)
@@ -123,10 +124,10 @@ def test_masks_and_scores(instruction_set, name, dtype):
     ranked = scores[:, :, :video, :video].double()
     torch.testing.assert_close(ranked, exact[:, :, :video, :video], atol=0, rtol=3e-5)
 
-    options = {"top_p": 0.7, "window": (1, 3, 1), "backend": "cpu"}
+    options = {"top_p": 0.7, "window": window, "backend": "cpu"}
     mask = nabla.create_block_mask(q, k, grid=grid, **options)
     top_p = torch.full((heads,), 0.7, dtype=torch.float32).double()
-    always = window_mask(grid, options["window"])
+    always = window_mask(grid, window)
     assert_selects(mask.to_dense(), exact, top_p, always, closeness=6e-5)
     assert torch.equal(mask.bits, nabla.select_blocks(scores, grid, **options).bits)
 
@@ -267,6 +268,26 @@ def test_a_forked_child_works(threads):
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert [x.numpy().tobytes() for x in attend()] == expected
+
+
+class Attended(torch.utils.data.Dataset):
+    """What attention makes of random inputs, computed where an item is asked for."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        q, k, v = torch.randn(3, 1, 2, 200, 32, generator=torch.Generator().manual_seed(index))
+        return nabla.attention(q, k, v, grid=(1, 10, 20), top_p=0.5, backend="cpu")
+
+
+def test_the_workers_of_a_data_loader(threads):
+    threads(3)
+    expected = [Attended()[index] for index in range(4)]
+    loaded = torch.utils.data.DataLoader(
+        Attended(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    assert same_bits(loaded, expected)
 
 
 def test_another_thread_may_use_many_grids():

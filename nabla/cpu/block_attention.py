@@ -41,10 +41,7 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients (dq, dk, dv), with the strides of q, k and v."""
     gradients = [empty_like(x) for x in (q, k, v)]
-    sums = [
-        x if x.dtype == torch.float32 else empty_like(x, torch.float32)
-        for x in gradients
-    ]
+    sums = [x if x.dtype == torch.float32 else empty_like(x, torch.float32) for x in gradients]
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     dlse = None if dlse is None else dlse.contiguous()
     bits = _with_contiguous_rows(bits)
