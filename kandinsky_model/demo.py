@@ -36,7 +36,7 @@ FRAMES, STRIDE, SIZE = Recipe.frames, Recipe.stride, Recipe.size
 FPS = 12
 STEPS, SHIFT = 12, 8.0
 LONG_FRAMES = (16, 64)
-LONG_TOP_P = 0.9  # beside the model's own
+SPARSER, DENSER = 0.35, 0.9  # top_p beside the model's own: a density near 0.1, and K5's
 REPEATS = 3
 
 
@@ -122,8 +122,8 @@ def run(
         if frames == long_frames[0]:
             picture = out / "block_masks.png"
             written.append(draw_mask(sparse.mask(q, k, grid), picture, heads=range(q.shape[1])))
-        for attention in (sparse, replace(sparse, top_p=LONG_TOP_P)):
-            comparisons.append(compare(q, k, v, grid, attention))
+        for top_p in (SPARSER, sparse.top_p, DENSER):
+            comparisons.append(compare(q, k, v, grid, replace(sparse, top_p=top_p)))
     console.print(_table(comparisons, title=f"Attention of layer {_middle(model)} on this clip"))
     if any(comparison.speedup < 1 for comparison in comparisons):
         console.print(
