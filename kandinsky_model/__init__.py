@@ -1,6 +1,11 @@
 """CrossDiT of Kandinsky 5 on NABLA attention: model, sampler, checkpoints, training, demo."""
 
-from kandinsky_model.attention import DenseAttention, MaskedAttention, NablaAttention
+from kandinsky_model.attention import (
+    DenseAttention,
+    MaskedAttention,
+    NablaAttention,
+    UlyssesAttention,
+)
 from kandinsky_model.config import PRESETS, CrossDiTConfig
 from kandinsky_model.model import CrossDiT
 
@@ -11,4 +16,5 @@ __all__ = [
     "DenseAttention",
     "MaskedAttention",
     "NablaAttention",
+    "UlyssesAttention",
 ]

@@ -4,6 +4,7 @@ q, k = rope(rmsnorm(x W))      in fp32, then cast to the model's dtype (upstream
 DenseAttention                 softmax(q k^T / sqrt(D)) v over all tokens
 NablaAttention                 the same over the blocks that nabla.create_block_mask keeps
 MaskedAttention                the same over the blocks of one given mask
+UlyssesAttention               NablaAttention of tokens that several GPUs share
 All take q, k, v [B, H, S, D] in block order and return [B, H, S, D].
 """
 
@@ -17,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import nabla
+from nabla import distributed
 
 
 class VisualAttention(Protocol):
@@ -66,6 +68,47 @@ class MaskedAttention:
         if self.mask.grid != grid:
             raise ValueError(f"mask is of {self.mask.grid}, but the tokens are on {grid}")
         return nabla.block_sparse_attention(q, k, v, self.mask, backend=self.backend)
+
+
+@dataclass(frozen=True)
+class UlyssesAttention:
+    """NablaAttention of tokens that the ranks of `group` share; dense with top_p=1.0.
+
+    CrossDiT shards and gathers the tokens: every rank has the same inputs, weights and result.
+    Averaged over the ranks, as DDP does, the gradients are those of one process.
+    """
+
+    top_p: float
+    window: tuple[int, int, int] | None = None
+    backend: str = "auto"
+    group: distributed.Group | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: nabla.TokenGrid) -> Tensor:
+        """Attend over the tokens of this rank [B, H, S_rank, D]; `grid` is that of all ranks."""
+        out = distributed.ulysses_attention(
+            q,
+            k,
+            v,
+            grid=grid,
+            top_p=self.top_p,
+            window=self.window,
+            order="block",
+            backend=self.backend,
+            group=self.group,
+            sizes=distributed.shard_sizes(grid, self.group),
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def shard(self, x: Tensor, grid: nabla.TokenGrid) -> Tensor:
+        """The tokens [..., S, C] of this rank, in block order."""
+        return distributed.shard(x, -2, distributed.shard_sizes(grid, self.group), group=self.group)
+
+    def gather(self, x: Tensor, grid: nabla.TokenGrid) -> Tensor:
+        """The tokens of all ranks [..., S, C], in block order."""
+        return distributed.gather(
+            x, -2, distributed.shard_sizes(grid, self.group), group=self.group
+        )
 
 
 def apply_rotary(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import nabla
-from kandinsky_model.attention import Attention, DenseAttention, NablaAttention, VisualAttention
+from kandinsky_model.attention import (
+    Attention,
+    DenseAttention,
+    NablaAttention,
+    UlyssesAttention,
+    VisualAttention,
+)
 from kandinsky_model.config import CrossDiTConfig
 from kandinsky_model.layers import (
     FeedForward,
@@ -134,8 +140,9 @@ class CrossDiT(nn.Module):
             text: Text features [B, L, in_text_dim].
             pooled_text: Pooled text features [B, in_text_dim2].
             timestep: Times in [0, 1], [B].
-            attention: How visual tokens attend to each other; None follows the config, and
-                MaskedAttention(mask) forces one mask on every layer.
+            attention: How visual tokens attend to each other; None follows the config,
+                MaskedAttention(mask) forces one mask on every layer, and UlyssesAttention shares
+                the tokens out among several GPUs.
 
         Returns:
             The velocity [B, T, H, W, out_visual_dim].
@@ -156,9 +163,15 @@ class CrossDiT(nn.Module):
             shape, self.config.axes_dims, scale=self.config.rope_scale, device=visual.device
         )
         rope = nabla.fractal_flatten(cos, grid), nabla.fractal_flatten(sin, grid)
-        attend = partial(attention or self.default_attention(), grid=grid)
+        attention = attention or self.default_attention()
+        if isinstance(attention, UlyssesAttention):
+            visual = attention.shard(visual, grid)
+            rope = attention.shard(rope[0], grid), attention.shard(rope[1], grid)
+        attend = partial(attention, grid=grid)
         for block in self.visual_transformer_blocks:
             visual = self._run(block, visual, text, time_embed, rope, attend)
+        if isinstance(attention, UlyssesAttention):
+            visual = attention.gather(visual, grid)
         visual = nabla.fractal_unflatten(visual, grid)
         return self.out_layer(visual, time_embed, shape)
 
