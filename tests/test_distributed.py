@@ -9,8 +9,12 @@ there the gradients are compared with those of float64, as everywhere else.
 import itertools
 import multiprocessing
 import re
+import shlex
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +33,8 @@ from nabla.distributed import (
     ulysses_attention,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 RAGGED = nabla.TokenGrid(2, 9, 20, extra=7)
 EVEN = nabla.TokenGrid(2, 16, 16)
 
@@ -465,3 +471,34 @@ def _check_model(layout, checkpointing):
         dist.all_reduce(actual)  # the mean over the ranks, as DDP makes it
         error = (actual / 2 - expected).abs().max()
         assert error < 1e-5 * expected.abs().max(), name
+
+
+# The README
+
+
+def test_the_example_of_the_readme_runs():
+    (command,) = re.findall(r"^\.venv/bin/torchrun (.*)$", README, re.MULTILINE)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "queries x heads = (1, 2)" in result.stdout
+    assert "largest difference from one process: out 0e+00" in result.stdout
+
+
+def test_the_call_of_the_readme_runs(on_ranks):
+    (code,) = re.findall(r"^```py\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert '"cuda", (2, 4)' in code
+    on_ranks(4, _run_readme, code.replace('"cuda", (2, 4)', '"cpu", (2, 2)'))
+
+
+def _run_readme(code):
+    grid = nabla.TokenGrid(3, 20, 28)
+    q, k, v = (torch.randn(1, 5, grid.num_tokens, 32) for _ in "qkv")
+    one = nabla.attention(q, k, v, grid=grid, top_p=0.9)
+    q, k, v, one = (x.tensor_split(4, 2)[dist.get_rank()] for x in (q, k, v, one))
+    names = dict(init_device_mesh=init_device_mesh, ulysses_attention=ulysses_attention)
+    names |= dict(q=q, k=k, v=v, grid=grid)
+    exec(code, names)
+    assert torch.equal(names["out"], one)
