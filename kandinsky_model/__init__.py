@@ -6,15 +6,18 @@ from kandinsky_model.attention import (
     NablaAttention,
     UlyssesAttention,
 )
-from kandinsky_model.config import PRESETS, CrossDiTConfig
+from kandinsky_model.config import ARCHITECTURES, CrossDiTConfig
 from kandinsky_model.model import CrossDiT
+from kandinsky_model.presets import PRESETS, Preset
 
 __all__ = [
+    "ARCHITECTURES",
     "PRESETS",
     "CrossDiT",
     "CrossDiTConfig",
     "DenseAttention",
     "MaskedAttention",
     "NablaAttention",
+    "Preset",
     "UlyssesAttention",
 ]

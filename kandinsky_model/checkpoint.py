@@ -49,7 +49,7 @@ def load_checkpoint(
 
     Args:
         path: Name ending in .safetensors.
-        config: One of `PRESETS`, where no .json lies beside the tensors, as with public files.
+        config: The architecture, where no .json lies beside the tensors, as with public files.
         dtype: Dtype of all but the tensors that stay float32; None keeps what is stored.
         device: Where the tensors go.
 
@@ -82,7 +82,9 @@ def _read_config(path: Path) -> CrossDiTConfig:
     try:
         return CrossDiTConfig.from_dict(json.loads(source.read_text()))
     except FileNotFoundError:
-        raise ValueError(f"{source} is missing; write it or pass config=PRESETS[...]") from None
+        raise ValueError(
+            f"{source} is missing; write it or pass config=ARCHITECTURES[...]"
+        ) from None
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{source} is no CrossDiTConfig: {error}") from error
 

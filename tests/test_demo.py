@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import nabla
-from kandinsky_model import PRESETS, DenseAttention, demo
+from kandinsky_model import ARCHITECTURES, DenseAttention, demo
 from kandinsky_model.checkpoint import load_checkpoint
 from kandinsky_model.clip import read_clip
 from kandinsky_model.model import CrossDiT
@@ -33,7 +33,7 @@ def test_demo_writes_videos_and_masks_and_prints_the_table(tmp_path, capsys, mon
 
 
 def test_weights_are_small_and_of_the_tiny_preset(model):
-    assert model.config == PRESETS["tiny"]
+    assert model.config == ARCHITECTURES["tiny"]
     assert demo.WEIGHTS.stat().st_size < 9e6
 
 

@@ -10,7 +10,13 @@ from diffusers.models.transformers import transformer_kandinsky as reference
 from torch import Tensor
 
 import nabla
-from kandinsky_model import PRESETS, CrossDiT, CrossDiTConfig, DenseAttention, MaskedAttention
+from kandinsky_model import (
+    ARCHITECTURES,
+    CrossDiT,
+    CrossDiTConfig,
+    DenseAttention,
+    MaskedAttention,
+)
 from kandinsky_model.attention import NablaAttention
 
 CONFIG = CrossDiTConfig(
@@ -141,22 +147,23 @@ def test_nabla_equals_diffusers_with_the_same_mask(tolerance, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("preset", "billions"),
+    ("architecture", "billions"),
     [
         ("video-lite", "2.0077"),
         ("video-pro", "19.3113"),
         ("image-lite", "6.0221"),
+        ("image-lite-i2i", "6.0223"),
         ("tiny", "0.0020"),
     ],
 )
-def test_parameter_count(preset, billions):
+def test_parameter_count(architecture, billions):
     with torch.device("meta"):
-        model = CrossDiT(PRESETS[preset])
+        model = CrossDiT(ARCHITECTURES[architecture])
     assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.4f}" == billions
 
 
 def test_config_survives_json():
-    for config in PRESETS.values():
+    for config in ARCHITECTURES.values():
         assert CrossDiTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

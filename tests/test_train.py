@@ -120,7 +120,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_the_command_writes_weights_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setitem(train.PRESETS, "tiny", CONFIG)
+    monkeypatch.setitem(train.ARCHITECTURES, "tiny", CONFIG)
     monkeypatch.setattr(train, "SOURCES", (Source("carphone_pristine", 0, 6, 128, 128, 1.0),))
     app = train.typer.Typer()
     app.command()(train.main)
