@@ -5,7 +5,8 @@ attention  `top_p` is None: dense;  else NABLA with that mass, OR-ed with `windo
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -93,6 +94,107 @@ class CrossDiTConfig:
             for name, value in values.items()
         }
         return cls(**arguments)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The fields as config.json of diffusers' Kandinsky5Transformer3DModel has them.
+
+        Names that start with an underscore are ours: diffusers reads over them.
+        """
+        frames, rows, columns = self.window or (None, None, None)
+        sparse = self.top_p is not None
+        return {
+            "_class_name": _DIFFUSERS_CLASS,
+            **{name: getattr(self, name) for name in _SHARED_FIELDS},
+            "attention_type": "nabla" if sparse else "regular",
+            "attention_P": self.top_p,
+            "attention_wT": frames,
+            "attention_wH": rows,
+            "attention_wW": columns,
+            "attention_add_sta": self.window is not None if sparse else None,
+            "attention_method": "topcdf" if sparse else None,
+            "_rope_scale": self.rope_scale,
+            "_block": self.block,
+        }
+
+    @classmethod
+    def from_diffusers(cls, values: dict[str, Any]) -> "CrossDiTConfig":
+        """The inverse of `to_diffusers`; diffusers' own files leave `rope_scale` and `block` out.
+
+        Raises:
+            ValueError: The values are of another class, incomplete, or of another attention.
+        """
+        if values.get("_class_name", _DIFFUSERS_CLASS) != _DIFFUSERS_CLASS:
+            raise ValueError(f"a {values['_class_name']} is no {_DIFFUSERS_CLASS}")
+        if missing := [name for name in _SHARED_FIELDS if name not in values]:
+            raise ValueError(f"config fields {missing} are missing")
+        arguments = {name: values[name] for name in _SHARED_FIELDS}
+        arguments |= {
+            name: values[f"_{name}"] for name in ("rope_scale", "block") if f"_{name}" in values
+        }
+        kind = values.get("attention_type", "regular")
+        if kind not in ("regular", "nabla"):
+            raise ValueError(f"attention_type {kind!r} is neither 'regular' nor 'nabla'")
+        if kind == "nabla":
+            window = [values.get(f"attention_w{axis}") for axis in "THW"]
+            arguments |= {"top_p": values.get("attention_P")}
+            arguments |= {"window": None if None in window else window}
+        return cls.from_dict(arguments)
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> "CrossDiTConfig":
+        """The architecture that tensors of these shapes are of, with dense attention.
+
+        Heads are divided between (frame, row, column) as in all public checkpoints, 2 : 3 : 3, and
+        patches are (1, 2, 2); positions are not scaled.
+
+        Raises:
+            ValueError: They are not those of a CrossDiT.
+        """
+        try:
+            model_dim, patch_dim = shapes["visual_embeddings.in_layer.weight"]
+            out_dim, _ = shapes["out_layer.out_layer.weight"]
+            time_dim, _ = shapes["time_embeddings.in_layer.weight"]
+            _, in_text_dim = shapes["text_embeddings.in_layer.weight"]
+            _, in_text_dim2 = shapes["pooled_text_embeddings.in_layer.weight"]
+            block = "visual_transformer_blocks.0"
+            ff_dim, _ = shapes[f"{block}.feed_forward.in_layer.weight"]
+            (head_dim,) = shapes[f"{block}.self_attention.query_norm.weight"]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"these are not the tensors of a CrossDiT: {error}") from None
+        out_visual_dim = out_dim // math.prod(cls.patch_size)
+        input_dim = patch_dim // math.prod(cls.patch_size)
+        visual_cond = input_dim > out_visual_dim
+        return cls(
+            model_dim=model_dim,
+            ff_dim=ff_dim,
+            time_dim=time_dim,
+            num_text_blocks=_count(shapes, "text_transformer_blocks"),
+            num_visual_blocks=_count(shapes, "visual_transformer_blocks"),
+            axes_dims=(head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8),
+            in_visual_dim=(input_dim - 1) // 2 if visual_cond else input_dim,
+            out_visual_dim=out_visual_dim,
+            in_text_dim=in_text_dim,
+            in_text_dim2=in_text_dim2,
+            visual_cond=visual_cond,
+        )
+
+    def has_shapes_of(self, other: "CrossDiTConfig") -> bool:
+        """Whether the tensors of both have the same names and shapes."""
+        free = {name: getattr(other, name) for name in _SHAPELESS_FIELDS}
+        return replace(self, **free) == other
+
+
+_DIFFUSERS_CLASS = "Kandinsky5Transformer3DModel"
+_SHAPELESS_FIELDS = ("rope_scale", "top_p", "window", "block")
+_SHARED_FIELDS = [
+    field.name for field in fields(CrossDiTConfig) if field.name not in _SHAPELESS_FIELDS
+]
+
+
+def _count(names: Iterable[str], blocks: str) -> int:
+    """How many modules the list `blocks` has."""
+    found = {int(name.split(".")[1]) for name in names if name.startswith(f"{blocks}.")}
+    return max(found, default=-1) + 1
 
 
 # Architectures as such: attention, and the divisors of positions, differ between their checkpoints.

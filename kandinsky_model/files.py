@@ -1,0 +1,29 @@
+"""Output files are whole or absent: written under a draft name, then renamed.
+
+with replacing(path) as draft: write(draft)
+    path holds what it held before, until `draft` is complete and on the disk
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name to write under, in the folder of `path`, with its extension; it becomes `path`.
+
+    Folders are made as needed. When the body fails, the draft is removed and `path` is left alone.
+    Who still reads the old file (it may be memory-mapped) keeps reading the old one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
