@@ -151,6 +151,8 @@ def memory_plan(
 ) -> MemoryPlan:
     """What a preset needs, its weights in the public dtypes, its attention by a kernel of `nabla`.
 
+    MagCache is not counted: it keeps 2 S C bytes for each of its branches.
+
     Args:
         preset: What to generate.
         size: Height and width in pixels; None is the preset's.
