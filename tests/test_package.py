@@ -119,7 +119,7 @@ def code_blocks(language: str) -> list[str]:
     return [code for fence, code in fences if fence == language]
 
 
-@pytest.mark.parametrize("code", code_blocks("python"), ids=["drop_in", "stages"])
+@pytest.mark.parametrize("code", code_blocks("python"), ids=["drop_in", "stages", "presets"])
 def test_readme_runs(code, tmp_path):
     python("-c", code, cwd=tmp_path)
 
