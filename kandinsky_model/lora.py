@@ -50,7 +50,7 @@ class LoRA:
         if not self.undo:
             raise ValueError(f"{self.path} cannot be removed: apply it with removable=True")
         for layer, (parameter, _, merged) in zip(self.layers, self.undo, strict=True):
-            if parameter.data_ptr() != merged.data_ptr():
+            if not parameter.is_set_to(merged):
                 raise ValueError(
                     f"{self.path} cannot be removed: {layer} has changed since; remove what was "
                     "applied later first"
