@@ -344,6 +344,30 @@ def test_at_most_two_blocks_are_there(model):
     assert meter.peak < size_of(model), "with six blocks, streaming saves memory"
 
 
+def test_each_block_comes_once_and_before_it_is_called(model, monkeypatch):
+    events = []
+    blocks = [*model.text_transformer_blocks, *model.visual_transformer_blocks]
+    fetch = memory._Stream.fetch
+    monkeypatch.setattr(
+        memory._Stream,
+        "fetch",
+        lambda self, index: events.append(f"fetch {index}") or fetch(self, index),
+    )
+    for index, block in enumerate(blocks):
+        block.feed_forward.register_forward_hook(
+            lambda *_, index=index: events.append(f"run {index}")
+        )
+    inputs = random_inputs(CONFIG, (1, 2, 2))
+    with torch.no_grad(), streamed(model, "cpu"):
+        for _ in range(2):
+            model(*inputs)
+    order = [0, 1, 2, 3, 4, 5] * 2
+    wanted = ["fetch 0"]
+    for index in order:
+        wanted += [f"run {index}", f"fetch {(index + 1) % 6}"]
+    assert events == wanted, "on CUDA, to run a block is to ask for it: the next comes meanwhile"
+
+
 def test_weights_go_back_where_they_were(model):
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     inputs = random_inputs(CONFIG, (1, 4, 4))
