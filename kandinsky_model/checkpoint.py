@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -96,11 +96,14 @@ def find_checkpoint(weights: str | Path, preset: Preset) -> Path:
     for path in [*files, weights / "transformer"]:
         if path.exists():
             return path
-    if _entries(weights):
+    public = {row.file for row in PRESETS.values()}
+    found = [_stem(entry) for folder in (weights, weights / "model") for entry in _entries(folder)]
+    if _entries(weights) and not public.intersection(found):
         return weights
     raise ValueError(
         f"{weights} has no weights for preset {preset.name!r}: put {preset.file}{SUFFIX} into it "
         f"or into {weights / 'model'}, or a model of diffusers into {weights / 'transformer'}"
+        + (f". It has {_some(found)}" if found else "")
     )
 
 
@@ -122,11 +125,15 @@ def save_checkpoint(
         max_shard_size: Bytes of tensors in one file; None writes one file.
     """
     path = Path(path)
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout {layout!r} is none of {', '.join(get_args(Layout))}")
+    if layout == "original" and path.suffix != SUFFIX:
+        raise ValueError(f"checkpoint {path} must end in {SUFFIX}")
     if layout == "diffusers":
         folder, stem, config_path = path, DIFFUSERS_STEM, path / "config.json"
         config = model.config.to_diffusers()
     else:
-        folder, stem, config_path = _checked(path).parent, path.stem, path.with_suffix(".json")
+        folder, stem, config_path = path.parent, path.stem, path.with_suffix(".json")
         config = model.config.to_dict()
     tensors = {
         name: (value.detach(), value.dtype if dtype is None or is_float32(name) else dtype)
@@ -183,7 +190,7 @@ class Header:
     @property
     def stem(self) -> str:
         """The name of the checkpoint."""
-        return self.path.name.removesuffix(INDEX).removesuffix(SUFFIX)
+        return _stem(self.path)
 
     @property
     def nbytes(self) -> int:
@@ -253,6 +260,10 @@ def _opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
         raise ValueError(
             f"{path} cannot be read as safetensors ({error}); fetch or write it again"
         ) from error
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(INDEX).removesuffix(SUFFIX)
 
 
 def _checked(path: Path) -> Path:

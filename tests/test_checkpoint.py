@@ -439,6 +439,16 @@ def test_pickles_are_refused(tmp_path, model, read, name):
         save_checkpoint(model, tmp_path / name)
 
 
+def test_what_cannot_be_saved(tmp_path, model):
+    with pytest.raises(ValueError, match="must end in .safetensors"):
+        save_checkpoint(model, tmp_path / "model.safetensors.index.json")
+    with pytest.raises(ValueError, match="layout 'hub' is none of original, diffusers"):
+        save_checkpoint(model, tmp_path / "model.safetensors", layout="hub")
+    with pytest.raises(ValueError, match="max_shard_size 0 must be positive"):
+        save_checkpoint(model, tmp_path / "model.safetensors", max_shard_size=0)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def index(tmp_path, model):
     save_checkpoint(model, tmp_path / "model.safetensors", max_shard_size=SHARD)
@@ -515,3 +525,12 @@ def test_find_checkpoint(tmp_path):
         place.parent.mkdir(exist_ok=True)
         place.mkdir() if place.suffix == "" else place.write_text('{"weight_map": {}}')
         assert find_checkpoint(tmp_path, row) == place, "nearer than what was there before"
+
+
+@pytest.mark.parametrize("folder", ["", "model"])
+def test_weights_of_another_preset_are_not_taken_for_it(tmp_path, folder):
+    """5 s and 10 s have the same shapes: only the name tells them apart."""
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / f"{PRESETS['video-lite-5s'].file}.safetensors").touch()
+    with pytest.raises(ValueError, match=r"It has kandinsky5lite_t2v_sft_5s$"):
+        find_checkpoint(tmp_path, PRESETS["video-lite-10s"])
