@@ -101,6 +101,8 @@ def test_shards_are_as_large_as_asked_for(tmp_path, model):
     header = read_header(tmp_path / "model.safetensors.index.json")
     sizes = [sum(t.nbytes for t in load_file(part).values()) for part in header.parts]
     assert len(sizes) > 5 and max(sizes) <= SHARD
+    largest = max(value.nbytes for value in model.state_dict().values())
+    assert min(sizes[:-1]) > SHARD - largest, "a shard ends where the next tensor has no room"
     assert sum(sizes) == sum(value.nbytes for value in model.state_dict().values())
     assert header.nbytes > sum(sizes)
     assert load_checkpoint(tmp_path).config == CONFIG, "the folder stands for its only checkpoint"
@@ -154,10 +156,12 @@ def test_saving_replaces_every_file_of_that_name(tmp_path, model):
 
 
 def test_a_model_can_be_saved_over_the_file_it_is_mapped_from(model, path):
-    loaded = load_checkpoint(path)
+    loaded, content = load_checkpoint(path), path.read_bytes()
     with torch.no_grad():
         loaded.out_layer.out_layer.bias.add_(1)
-    save_checkpoint(loaded, path)
+    with path.open("rb") as opened:
+        save_checkpoint(loaded, path)
+        assert opened.read() == content, "who reads the old file keeps it"
     assert_same(load_checkpoint(path), loaded)
     assert torch.equal(
         load_checkpoint(path).out_layer.out_layer.bias, model.out_layer.out_layer.bias + 1
@@ -294,15 +298,30 @@ def test_a_public_architecture_under_another_name_warns(tmp_path, model, small_p
     assert config == small_presets["video-lite-5s"].model
 
 
-def test_rope_scale_of_a_model_of_diffusers_is_the_presets(tmp_path, model, small_presets):
-    for top_p in (None, 0.9):
-        window = None if top_p is None else (11, 3, 3)
-        model.config = replace(CONFIG, top_p=top_p, window=window, rope_scale=(1.0, 1.0, 1.0))
+def test_rope_scale_of_a_model_of_diffusers_is_the_presets(tmp_path, model, monkeypatch):
+    """They do not store it; of Pro, attention tells the preset."""
+    small = {
+        row.name: replace(
+            row,
+            model=replace(
+                CONFIG,
+                rope_scale=row.model.rope_scale,
+                top_p=row.model.top_p,
+                window=row.model.window,
+            ),
+        )
+        for row in PRESETS.values()
+        if row.name.startswith("video-pro")
+    }
+    monkeypatch.setattr(checkpoint, "PRESETS", small)
+    assert len({row.model.rope_scale for row in small.values()}) == 2
+    for row in small.values():
+        model.config = row.model
         save_checkpoint(model, tmp_path, layout="diffusers")
         values = json.loads((tmp_path / "config.json").read_text())
         del values["_rope_scale"]
         (tmp_path / "config.json").write_text(json.dumps(values))
-        assert load_checkpoint(tmp_path).config == replace(model.config, rope_scale=(1.0, 2.0, 2.0))
+        assert load_checkpoint(tmp_path).config == row.model
 
 
 @pytest.mark.parametrize(
