@@ -98,7 +98,11 @@ CONFIGURED = {
         {name: 6 / rank**0.5 for name, rank in RANKS.items()},
     ),
     "pattern": (
-        {"r": 4, "lora_alpha": 6, "alpha_pattern": {"feed_forward.in_layer": 1, r"0\..*": 2}},
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "alpha_pattern": {"feed_forward.in_layer": 1, r"0\..*": 2, "in_layer": 9},
+        },
         {
             name: (1 if "feed_forward" in name else 2 if ".0." in name else 6) / rank
             for name, rank in RANKS.items()
