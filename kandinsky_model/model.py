@@ -38,6 +38,7 @@ from kandinsky_model.layers import (
 )
 
 Rope = tuple[Tensor, Tensor]
+Blocks = Callable[[Tensor], Tensor]
 
 # Modules whose parameters stay float32 in every checkpoint and every cast.
 FLOAT32_MODULES = ("time_embeddings", "modulation", "text_modulation", "visual_modulation")
@@ -131,6 +132,7 @@ class CrossDiT(nn.Module):
         timestep: Tensor,
         *,
         attention: VisualAttention | None = None,
+        cache: Callable[[Blocks, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Predict the velocity that carries data (t = 0) to noise (t = 1).
 
@@ -143,6 +145,8 @@ class CrossDiT(nn.Module):
             attention: How visual tokens attend to each other; None follows the config,
                 MaskedAttention(mask) forces one mask on every layer, and UlyssesAttention shares
                 the tokens out among several GPUs.
+            cache: Runs the visual blocks on their tokens [B, S, model_dim], or knows better, as
+                `magcache.MagCache` does; None runs them.
 
         Returns:
             The velocity [B, T, H, W, out_visual_dim].
@@ -168,8 +172,13 @@ class CrossDiT(nn.Module):
             visual = attention.shard(visual, grid)
             rope = attention.shard(rope[0], grid), attention.shard(rope[1], grid)
         attend = partial(attention, grid=grid)
-        for block in self.visual_transformer_blocks:
-            visual = self._run(block, visual, text, time_embed, rope, attend)
+
+        def blocks(visual: Tensor) -> Tensor:
+            for block in self.visual_transformer_blocks:
+                visual = self._run(block, visual, text, time_embed, rope, attend)
+            return visual
+
+        visual = blocks(visual) if cache is None else cache(blocks, visual)
         if isinstance(attention, UlyssesAttention):
             visual = attention.gather(visual, grid)
         visual = nabla.fractal_unflatten(visual, grid)
@@ -180,6 +189,11 @@ class CrossDiT(nn.Module):
         if self.config.top_p is None:
             return DenseAttention()
         return NablaAttention(self.config.top_p, self.config.window)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of tokens; modulations and time embeddings are float32 in every model."""
+        return self.visual_embeddings.in_layer.weight.dtype
 
     def cast(self, dtype: torch.dtype) -> "CrossDiT":
         """Cast the parameters in place, all but those of modulations and time embeddings."""
