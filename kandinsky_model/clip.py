@@ -12,8 +12,10 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
+
+from kandinsky_model.files import replacing
 
 
 def find_clip(name: str) -> Path:
@@ -81,12 +83,39 @@ def side_by_side(clips: Sequence[tuple[str, Tensor]], *, zoom: int = 1, bar: int
     return torch.cat(columns, dim=2)
 
 
+def read_image(path: str | Path) -> Tensor:
+    """Read an image file, upright, as [H, W, 3]."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
+    except OSError as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+def write_frames(frames: Tensor, path: str | Path, *, fps: int = 24) -> Path:
+    """Write a video (.mp4, .gif) or, of one frame, an image (.png): whole or not at all."""
+    path = Path(path)
+    check_suffix(path, is_video=len(frames) > 1)
+    if path.suffix.lower() == ".png":
+        with replacing(path) as draft:
+            Image.fromarray(frames[0].numpy()).save(draft)
+        return path
+    return (write_mp4 if path.suffix.lower() == ".mp4" else write_gif)(frames, path, fps=fps)
+
+
+def check_suffix(path: Path, *, is_video: bool) -> None:
+    """Raise an error if `write_frames` does not know the ending of `path`."""
+    suffixes = (".mp4", ".gif") if is_video else (".png",)
+    if path.suffix.lower() not in suffixes:
+        what = "a video" if is_video else "an image"
+        raise ValueError(f"{path} must end in {' or '.join(suffixes)} to hold {what}")
+
+
 def write_mp4(frames: Tensor, path: str | Path, *, fps: int = 12) -> Path:
     """Write H.264; odd heights and widths lose their last row or column."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2].contiguous()
-    with av.open(str(path), "w") as container:
+    with replacing(path) as draft, av.open(str(draft), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames.numpy():
@@ -98,9 +127,10 @@ def write_mp4(frames: Tensor, path: str | Path, *, fps: int = 12) -> Path:
 def write_gif(frames: Tensor, path: str | Path, *, fps: int = 12) -> Path:
     """Write an endless gif."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     images = [Image.fromarray(frame) for frame in frames.numpy()]
-    images[0].save(
-        path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
-    )
+    with replacing(path) as draft:
+        images[0].save(
+            draft, "gif", save_all=True, append_images=images[1:], duration=round(1000 / fps),
+            loop=0,
+        )  # fmt: skip
     return path
