@@ -1,0 +1,262 @@
+"""What a prompt says: tokens of Qwen2.5-VL [1, L, 3584] and one pooled token of CLIP [1, 768].
+
+tokens   system sentence + PROMPT -> Qwen2.5-VL -> last hidden states from position `crop` on
+pooled   PROMPT -> CLIP text model -> pooled output of its first 77 tokens
+Sentences and crop positions are those of the training, misspellings included. Upstream pads the
+tokens and masks the padding in every attention; leaving the padding out is the same.
+"""
+
+import html
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky_model.clip import fit
+from kandinsky_model.presets import Task
+from kandinsky_model.pretrained import read_model, read_other, require
+
+Text = tuple[Tensor, Tensor]
+Content = Literal["video", "image", "image-edit"]
+Variant = Literal["original", "diffusers"]
+
+CLIP_TOKENS = 77
+IMAGE_TOKEN = "<|image_pad|>"
+# What a whole CLIP has beside its text model.
+_CLIP_UNUSED = ("vision_model", "visual_projection", "text_projection", "logit_scale")
+# What upstream guides away from.
+NEGATIVE_PROMPTS: dict[Content, str] = {
+    "video": "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, "
+    "low quality, ugly, deformed, walking backwards",
+    "image": "",
+    "image-edit": "",
+}
+
+CONTENT: dict[Task, Content] = {
+    "text-to-video": "video",
+    "image-to-video": "video",
+    "text-to-image": "image",
+    "image-to-image": "image-edit",
+}
+
+logger = getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a prompt is put to Qwen2.5-VL.
+
+    Attributes:
+        text: What it reads, with {} for the prompt.
+        crop: Tokens before the prompt, whose features are dropped.
+        max_tokens: Tokens that may follow; the rest is cut off.
+    """
+
+    text: str
+    crop: int
+    max_tokens: int
+
+
+_VIDEO = (
+    "<|im_start|>system\n"
+    "You are a {role}. Describe the video in detail.\n"
+    "Describe how the camera moves or shakes, describe the zoom and view angle, whether it "
+    "follows the objects.\n"
+    "Describe the location of the video, main characters or objects and their action.\n"
+    "Describe the dynamism of the video and presented actions.\n"
+    "Name the visual style of the video: whether it is a professional footage, user generated "
+    "content, some kind of animation, video game or scren content.\n"
+    "Describe the visual effects, postprocessing and transitions if they are presented in the "
+    "video.\n"
+    "Pay attention to the order of key actions shown in the scene.<|im_end|>\n"
+    "<|im_start|>user\n{prompt}<|im_end|>"
+)
+_IMAGE = (
+    "<|im_start|>system\n"
+    "You are a {role}. Describe the image by detailing the color, shape, size, texture, quantity, "
+    "text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{prompt}<|im_end|>"
+)
+_EDIT = (
+    "<|im_start|>system\n"
+    "You are a {role}. Based on the provided source image (first image) and target image (second "
+    "image), create an interesting text prompt that can be used together with the source image to "
+    "create the target image:<|im_end|>{user}{prompt}"
+    f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|><|im_end|>"
+)
+
+
+def _template(text: str, crop: int, max_tokens: int, **names: str) -> Template:
+    return Template(text.format(prompt="{}", **names), crop, max_tokens)
+
+
+_PROMT, _PROMPT = "promt engineer", "prompt engineer"
+# The crop is where the prompt begins; of an edit, the training dropped its first tokens too.
+# The image of an edit takes tokens of its own beside those of the prompt.
+TEMPLATES: dict[Variant, dict[Content, Template]] = {
+    "original": {
+        "video": _template(_VIDEO, 129, 256, role=_PROMT),
+        "image": _template(_IMAGE, 41, 512, role=_PROMT),
+        "image-edit": _template(_EDIT, 55, 4096, role=_PROMT, user="\n<|im_start|>user\n"),
+    },
+    "diffusers": {
+        "video": _template(_VIDEO, 128, 512, role=_PROMPT),
+        "image": _template(_IMAGE, 40, 512, role=_PROMPT),
+        "image-edit": _template(_EDIT, 54, 1024, role=_PROMPT, user="<|im_start|>user"),
+    },
+}
+
+
+class TextEncoder:
+    """Qwen2.5-VL and CLIP with their tokenizers.
+
+    Args:
+        qwen: A `Qwen2_5_VLForConditionalGeneration` of transformers.
+        tokenizer: Its tokenizer.
+        clip: A `CLIPTextModel` of transformers.
+        clip_tokenizer: Its tokenizer.
+        image_processor: Cuts an image into patches for `qwen`; for image editing only.
+        variant: Whose templates: upstream's, or those of the pipelines in diffusers.
+    """
+
+    def __init__(
+        self,
+        qwen: Any,
+        tokenizer: Any,
+        clip: Any,
+        clip_tokenizer: Any,
+        *,
+        image_processor: Any = None,
+        variant: Variant = "original",
+    ) -> None:
+        if variant not in TEMPLATES:
+            raise ValueError(f"variant {variant!r} is none of {', '.join(TEMPLATES)}")
+        self.qwen, self.tokenizer = qwen.eval(), tokenizer
+        self.clip, self.clip_tokenizer = clip.eval(), clip_tokenizer
+        self.image_processor = image_processor
+        self.variant: Variant = variant
+        self.device = torch.device("cpu")
+        self._hooks: list[Any] = []
+
+    @classmethod
+    def load(
+        cls,
+        qwen: Path,
+        tokenizer: Path,
+        clip: Path,
+        clip_tokenizer: Path,
+        *,
+        images: bool = False,
+        variant: Variant = "original",
+    ) -> "TextEncoder":
+        """Read everything from local folders, in the dtypes it is stored in.
+
+        Args:
+            qwen: Folder of the weights and the config of Qwen2.5-VL.
+            tokenizer: Folder of its tokenizer and image processor.
+            clip: Folder of the weights and the config of CLIP, with or without its image half.
+            clip_tokenizer: Folder of its tokenizer.
+            images: Whether prompts will come with an image to edit.
+            variant: See `TextEncoder`.
+        """
+        library = require("transformers")
+        processor = library.AutoImageProcessor
+        return cls(
+            read_model(library.Qwen2_5_VLForConditionalGeneration, qwen, dtype="auto"),
+            read_other(library.AutoTokenizer, tokenizer),
+            read_model(library.CLIPTextModel, clip, ignore=_CLIP_UNUSED, dtype="auto"),
+            read_other(library.AutoTokenizer, clip_tokenizer),
+            image_processor=read_other(processor, tokenizer, backend="pil") if images else None,
+            variant=variant,
+        )
+
+    def to(self, device: torch.device | str, *, stream: bool = False) -> "TextEncoder":
+        """Move to a device.
+
+        Args:
+            device: Where the features are computed.
+            stream: Whether the layers of Qwen2.5-VL visit the device one after the other, so that
+                it never holds more than one of them.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self.device, self._hooks = torch.device(device), []
+        self.clip.to(device)
+        if stream:
+            self._hooks = _stream(self.qwen.model, self.device)
+        else:
+            self.qwen.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, content: Content, image: Tensor | None = None) -> Text:
+        """Encode one prompt.
+
+        Args:
+            prompt: Any text; too long a text is cut off, with a warning.
+            content: What the prompt describes.
+            image: The image to edit, uint8 [H, W, 3]; for "image-edit" only.
+
+        Returns:
+            Features [1, L, in_text_dim] and pooled features [1, in_text_dim2].
+        """
+        if self.variant == "diffusers":
+            prompt = " ".join(html.unescape(html.unescape(prompt)).split())
+        return self._tokens(prompt, content, image), self._pooled(prompt)
+
+    def _tokens(self, prompt: str, content: Content, image: Tensor | None) -> Tensor:
+        template = TEMPLATES[self.variant][content]
+        text, vision = template.text, {}
+        if content == "image-edit":
+            if image is None or self.image_processor is None:
+                raise ValueError("content 'image-edit' needs an image and an image_processor")
+            vision = self._patches(image)
+            tokens = int(vision["image_grid_thw"].prod()) // self.image_processor.merge_size**2
+            text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * tokens)
+        ids = self.tokenizer(text.replace("{}", prompt), return_tensors="pt")["input_ids"]
+        limit = template.crop + template.max_tokens
+        if ids.shape[1] > limit:
+            lost = self.tokenizer.decode(ids[0, limit:], skip_special_tokens=True)
+            logger.warning("the prompt is too long; nobody will read its end: %s", lost)
+        ids = ids[:, :limit].to(self.device)
+        if vision:
+            is_image = ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+            vision["mm_token_type_ids"] = is_image.int()
+        states = self.qwen.model(ids, use_cache=False, **vision).last_hidden_state
+        return states[:, template.crop :]
+
+    def _patches(self, image: Tensor) -> dict[str, Tensor]:
+        """Patches of the image at half its size, as upstream shows it to Qwen2.5-VL."""
+        height, width = image.shape[0] // 2, image.shape[1] // 2
+        half = fit(image[None], height, width)[0]
+        patches = self.image_processor(images=[half.numpy()], return_tensors="pt")
+        return {name: value.to(self.device) for name, value in patches.items()}
+
+    def _pooled(self, prompt: str) -> Tensor:
+        tokens = self.clip_tokenizer(
+            [prompt], max_length=CLIP_TOKENS, truncation=True, padding="max_length",
+            return_tensors="pt",
+        )  # fmt: skip
+        inputs = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        return self.clip(**inputs).pooler_output
+
+
+def _stream(model: Any, device: torch.device) -> list[Any]:
+    """Let the parts of Qwen2.5-VL visit the device one after the other."""
+    text = model.language_model
+    text.rotary_emb.to(device)
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        module.to(device)
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        module.to("cpu")
+
+    hooks = []
+    for part in (model.visual, text.embed_tokens, *text.layers, text.norm):
+        hooks.append(part.register_forward_pre_hook(enter))
+        hooks.append(part.register_forward_hook(leave))
+    return hooks

@@ -1,0 +1,112 @@
+"""Pixels to latents and back: frames uint8 [T, H, W, 3] <-> latents [1, T', H / 8, W / 8, C].
+
+latents = scaling_factor * z,   z ~ posterior(frames / 127.5 - 1),   T' = (T - 1) / 4 + 1
+frames  = (clamp(decoder(latents / scaling_factor), -1, 1) + 1) * 127.5, cut to whole numbers
+Videos take the VAE of HunyuanVideo, tile by tile; images (T = 1) that of FLUX, whose shift upstream
+leaves out.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kandinsky_model.pretrained import read_model, require
+
+# Pixels of a tile, and from one tile to the next. Upstream's frames; it cuts rows and columns as
+# the free memory allows, which would make the result depend on the machine.
+TILE_FRAMES, STRIDE_FRAMES = 16, 8
+TILE_SIZE, STRIDE_SIZE = 256, 192
+
+
+class VAE:
+    """A variational autoencoder of diffusers.
+
+    Args:
+        model: An `AutoencoderKLHunyuanVideo` or an `AutoencoderKL`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self.scaling_factor: float = model.config.scaling_factor
+        self.is_video = hasattr(model, "temporal_compression_ratio")
+        if self.is_video:
+            model.enable_tiling(
+                tile_sample_min_height=TILE_SIZE,
+                tile_sample_min_width=TILE_SIZE,
+                tile_sample_min_num_frames=TILE_FRAMES,
+                tile_sample_stride_height=STRIDE_SIZE,
+                tile_sample_stride_width=STRIDE_SIZE,
+                tile_sample_stride_num_frames=STRIDE_FRAMES,
+            )
+
+    @classmethod
+    def load(cls, folder: Path, *, is_video: bool, dtype: torch.dtype) -> "VAE":
+        """Read a VAE from a local folder with its config.json and its safetensors."""
+        library = require("diffusers")
+        kind = library.AutoencoderKLHunyuanVideo if is_video else library.AutoencoderKL
+        return cls(read_model(kind, folder, torch_dtype=dtype))
+
+    def to(self, device: torch.device | str) -> "VAE":
+        """Move to a device."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Sample latents [1, T', H / 8, W / 8, C] of frames [T, H, W, 3].
+
+        Args:
+            frames: uint8; T is 1 or, for videos, a multiple of 4 plus 1.
+            generator: Draws the sample, on the CPU, so that it is the same for every device.
+        """
+        pixels = frames.permute(3, 0, 1, 2)[None].to(self.model.device).float() / 127.5 - 1.0
+        pixels = pixels.to(self.model.dtype)
+        if not self.is_video:
+            pixels = pixels[:, :, 0]
+        posterior = self.model.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        z = posterior.mean + posterior.std * noise.to(posterior.mean)
+        z = z if self.is_video else z[:, :, None]
+        return (z * self.scaling_factor).permute(0, 2, 3, 4, 1)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, progress: str | None = None) -> Tensor:
+        """Frames [T, H, W, 3], uint8 on the CPU, of latents [1, T', H / 8, W / 8, C].
+
+        Args:
+            latents: Of one video or image.
+            progress: Label of the progress bar; None shows no bar.
+        """
+        z = latents.to(self.model.device, self.model.dtype).permute(0, 4, 1, 2, 3)
+        z = z / self.scaling_factor
+        if not self.is_video:
+            z = z[:, :, 0]
+        tiles = self.tiles(*latents.shape[1:4])
+        with tqdm(total=tiles, desc=progress, disable=progress is None) as bar:
+            hook = self.model.decoder.register_forward_hook(lambda *_: bar.update() and None)
+            try:
+                pixels = self.model.decode(z).sample
+            finally:
+                hook.remove()
+        pixels = pixels if self.is_video else pixels[:, :, None]
+        pixels = ((pixels[0].float().clamp(-1.0, 1.0) + 1.0) * 127.5).to(torch.uint8)
+        return pixels.permute(1, 2, 3, 0).cpu().contiguous()
+
+    def tiles(self, frames: int, height: int, width: int) -> int:
+        """How many tiles latents of this size are decoded in."""
+        if not self.is_video:
+            return 1
+        in_time, in_space = (
+            self.model.temporal_compression_ratio,
+            self.model.spatial_compression_ratio,
+        )
+        count = 1
+        if frames > TILE_FRAMES // in_time:
+            count *= -(-frames // (STRIDE_FRAMES // in_time))
+        if max(height, width) > TILE_SIZE // in_space:
+            stride = STRIDE_SIZE // in_space
+            count *= -(-height // stride) * -(-width // stride)
+        return count
