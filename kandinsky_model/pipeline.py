@@ -1,0 +1,275 @@
+"""Text, or text and an image, to a video or an image, as Kandinsky 5 does it.
+
+prompt   -> TextEncoder -> features, and those of the negative prompt
+image    -> VAE         -> latents of the first frame, or of the image to edit
+noise    -> CrossDiT    -> latents, in num_steps Euler steps
+latents  -> VAE         -> frames, uint8 [T, H, W, 3]
+
+    pipeline = Pipeline.load("weights", "video-lite-10s", device="cuda")
+    frames = pipeline(Request("a cat in a hat", seed=1))
+    write_frames(frames, "cat.mp4")
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from kandinsky_model import presets
+from kandinsky_model.checkpoint import load_checkpoint
+from kandinsky_model.folder import find_parts
+from kandinsky_model.magcache import MagCache
+from kandinsky_model.model import CrossDiT
+from kandinsky_model.presets import Preset
+from kandinsky_model.request import Job, Request
+from kandinsky_model.sampler import Callback, euler, guided_velocity, timesteps
+from kandinsky_model.state import load_state, save_state
+from kandinsky_model.text import CONTENT, TextEncoder, Variant
+from kandinsky_model.vae import VAE
+
+P = TypeVar("P", TextEncoder, CrossDiT, VAE)
+Inputs = dict[str, Tensor]
+
+
+class Part(Generic[P]):
+    """A part of a pipeline, read when it is first used.
+
+    Args:
+        load: Reads it.
+        device: Where it works.
+        offload: Whether it is there only while it works; Qwen2.5-VL then layer by layer.
+    """
+
+    def __init__(self, load: Callable[[], P], device: torch.device, *, offload: bool) -> None:
+        self._load: Callable[[], P] = load
+        self._device, self._offload = device, offload
+        self._part: P | None = None
+
+    @contextmanager
+    def at_work(self) -> Iterator[P]:
+        """The part, on its device."""
+        part = self._part = self._part or self._load()
+        if isinstance(part, TextEncoder):
+            part.to(self._device, stream=self._offload)
+        else:
+            part.to(self._device)
+        try:
+            yield part
+        finally:
+            if self._offload and self._device.type == "cpu":
+                self._part = None
+            elif self._offload:
+                part.to("cpu")
+                torch.cuda.empty_cache()
+
+
+class Pipeline:
+    """One preset with its parts.
+
+    Args:
+        preset: What is generated, and how.
+        load_text_encoder: Reads the text encoder, when it is first used.
+        load_model: Likewise.
+        load_vae: Likewise.
+        device: Where they work.
+        offload: Whether each is on the device only while it works; on a CPU, in memory.
+        weights: What tells these weights from others, as a JSON value: an interrupted run goes on
+            with the same ones only.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        load_text_encoder: Callable[[], TextEncoder],
+        load_model: Callable[[], CrossDiT],
+        load_vae: Callable[[], VAE],
+        *,
+        device: torch.device | str = "cpu",
+        offload: bool = False,
+        weights: Any = None,
+    ) -> None:
+        self.preset, self.device, self.weights = preset, torch.device(device), weights
+        self._text_encoder = Part(load_text_encoder, self.device, offload=offload)
+        self._model = Part(load_model, self.device, offload=offload)
+        self._vae = Part(load_vae, self.device, offload=offload)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        preset: str | Preset,
+        *,
+        device: torch.device | str | None = None,
+        offload: bool = False,
+        variant: Variant = "original",
+    ) -> "Pipeline":
+        """A pipeline on the weights in a folder, which are checked now and read when they are used.
+
+        Args:
+            folder: See `kandinsky_model.folder` for what lies where.
+            preset: One of `PRESETS`, or its name.
+            device: None takes CUDA where there is a device, else the CPU.
+            offload: See `Pipeline`.
+            variant: Whose prompt templates, see `TextEncoder`.
+        """
+        preset = presets.preset(preset) if isinstance(preset, str) else preset
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        parts = find_parts(folder, preset)
+
+        def load_text_encoder() -> TextEncoder:
+            return TextEncoder.load(
+                parts.text_encoder,
+                parts.tokenizer,
+                parts.text_encoder_2,
+                parts.tokenizer_2,
+                images=preset.task == "image-to-image",
+                variant=variant,
+            )
+
+        def load_model() -> CrossDiT:
+            target = "cpu" if offload else device
+            return load_checkpoint(parts.model, config=preset.model, device=target)
+
+        def load_vae() -> VAE:
+            dtype = torch.float16 if preset.is_video else torch.bfloat16
+            dtype = torch.float32 if device.type == "cpu" else dtype
+            return VAE.load(parts.vae, is_video=preset.is_video, dtype=dtype)
+
+        return cls(
+            preset,
+            load_text_encoder,
+            load_model,
+            load_vae,
+            device=device,
+            offload=offload,
+            weights=[variant, *parts.fingerprint()],
+        )
+
+    def __call__(
+        self,
+        request: Request | str,
+        *,
+        state: str | Path | None = None,
+        callback: Callback | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Generate a video or an image.
+
+        Args:
+            request: What to generate, or only the prompt.
+            state: File to keep an interrupted run in. One that is there goes on where it stopped,
+                with the same result; it stays until the caller deletes it.
+            callback: Called after each step with the number of steps done and the latents
+                [1, T', H / 8, W / 8, C].
+            progress: Whether to show progress bars.
+
+        Returns:
+            Frames [T, height, width, 3], uint8 on the CPU; an image is one frame.
+        """
+        latents = self.latents(request, state=state, callback=callback, progress=progress)
+        with self._vae.at_work() as vae:
+            return vae.decode(latents, progress="decoding" if progress else None)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        request: Request | str,
+        *,
+        state: str | Path | None = None,
+        callback: Callback | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """The latents [1, T', H / 8, W / 8, C], float32, that `__call__` with these decodes."""
+        request = Request(request) if isinstance(request, str) else request
+        job, path = request.resolve(self.preset), None if state is None else Path(state)
+        arguments = job.arguments() | {"weights": self.weights, "device": self.device.type}
+        found = None if path is None else load_state(path, arguments)
+        inputs, done = found or (self._inputs(job), 0)
+
+        def keep(step: int, latents: Tensor) -> None:
+            if path is not None and job.can_resume_after(step):
+                save_state(path, {**inputs, "latents": latents}, step, arguments)
+            if step and callback is not None:
+                callback(step, latents)
+
+        if found is None:
+            keep(0, inputs["latents"])
+        latents = inputs["latents"].to(self.device)
+        if done < job.num_steps:
+            latents = self._sample(job, inputs, done, keep, progress=progress)
+        if "first_frame" in inputs:
+            latents = torch.cat([inputs["first_frame"].to(latents), latents[:, 1:]], dim=1)
+            latents = normalize_first_frames(latents)
+        return latents
+
+    def _inputs(self, job: Job) -> Inputs:
+        """All that the sampler starts from: noise, features of the text, latents of the image."""
+        content = CONTENT[job.preset.task]
+        source = job.image if content == "image-edit" else None
+        with self._text_encoder.at_work() as encoder:
+            text, pooled = encoder(job.prompt, content, source)
+            inputs = {"text": text, "pooled": pooled}
+            if job.is_guided:
+                text, pooled = encoder(job.negative_prompt, content, source)
+                inputs |= {"null_text": text, "null_pooled": pooled}
+        generator = torch.Generator().manual_seed(job.seed)  # on the CPU: the same on every device
+        shape = 1, *job.latent_shape, job.preset.model.in_visual_dim
+        inputs["latents"] = torch.randn(shape, generator=generator)
+        if job.image is not None:
+            with self._vae.at_work() as vae:
+                latents = vae.encode(job.image[None], generator=generator).float()
+            inputs["source" if content == "image-edit" else "first_frame"] = latents
+        return inputs
+
+    def _sample(
+        self, job: Job, inputs: Inputs, done: int, callback: Callback, *, progress: bool
+    ) -> Tensor:
+        with self._model.at_work() as model:
+            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            text, pooled = inputs["text"].to(model.dtype), inputs["pooled"].to(model.dtype)
+            null_text = None
+            if job.is_guided:
+                null_text = (
+                    inputs["null_text"].to(model.dtype),
+                    inputs["null_pooled"].to(model.dtype),
+                )
+            velocity = guided_velocity(
+                model,
+                (text, pooled),
+                null_text=null_text,
+                guidance_scale=job.guidance_scale,
+                first_frame=inputs.get("first_frame"),
+                source=inputs.get("source"),
+                attention=job.attention,
+                cache=None if job.schedule is None else MagCache(job.schedule, start=done),
+            )
+            return euler(
+                velocity,
+                inputs["latents"],
+                timesteps(job.num_steps, shift=job.shift).to(self.device),
+                start=done,
+                callback=callback,
+                progress="sampling" if progress else None,
+            )
+
+
+def normalize_first_frames(latents: Tensor) -> Tensor:
+    """Bring the first 4 frames nearer to the mean and the deviation of the next 5.
+
+    Upstream does so behind image to video, against a jump after the given frame. Every frame keeps
+    its mean within [-0.05, +0.1] and its deviation within [-0.1, +0.25] of what they were.
+
+    Args:
+        latents: [B, T, H, W, C], each taken for itself; up to 4 frames stay as they are.
+    """
+    if latents.shape[1] <= 4:
+        return latents
+    first, reference = latents[:, :4], latents[:, 4:9]
+    mean, std = first.mean((2, 3, 4), keepdim=True), first.std((2, 3, 4), keepdim=True)
+    wanted_mean = reference.mean((1, 2, 3, 4), keepdim=True).clamp(mean - 0.05, mean + 0.1)
+    wanted_std = reference.std((1, 2, 3, 4), keepdim=True).clamp(std - 0.1, std + 0.25)
+    first = (first - mean) / std * wanted_std + wanted_mean
+    return torch.cat([first, latents[:, 4:]], dim=1)

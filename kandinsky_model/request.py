@@ -1,0 +1,239 @@
+"""What a user asks for, and what that means for a preset: known and checked, nothing loaded.
+
+latent frames T' = floor(24 seconds) / 4 + 1, rounded down;   frames = 4 (T' - 1) + 1
+latents [1, T', height / 8, width / 8, 16];   height and width are multiples of 16
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kandinsky_model.attention import DenseAttention, NablaAttention, VisualAttention
+from kandinsky_model.clip import fit, read_image
+from kandinsky_model.magcache import Schedule, skip_schedule
+from kandinsky_model.presets import FPS, FRAMES_PER_LATENT, PIXELS_PER_LATENT, WINDOW, Preset, Size
+from kandinsky_model.text import CONTENT, NEGATIVE_PROMPTS
+
+TOP_P = 0.9  # of `attention="nabla"` where the preset is dense
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate; None takes what the preset says.
+
+    Attributes:
+        prompt: What to show.
+        image: The first frame of image to video, the source of image to image: a file, an image of
+            PIL, or uint8 [H, W, 3]. It is scaled to cover the size, and its centre is cut out.
+        size: (height, width) in pixels, multiples of 16. None with an image keeps its shape.
+        seconds: Length of the video.
+        num_steps: Euler steps.
+        guidance_scale: 1 calls the model once per step, any other scale twice.
+        shift: Of the times, see `sampler.timesteps`.
+        negative_prompt: What to guide away from.
+        seed: Of the noise; the same on every device.
+        attention: "nabla", "dense", or how visual tokens attend to each other.
+        top_p: Attention mass that NABLA keeps.
+        magcache: Whether to leave out model calls that hardly differ from the one before.
+    """
+
+    prompt: str
+    image: str | Path | Image.Image | Tensor | None = None
+    size: Size | None = None
+    seconds: float | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    shift: float | None = None
+    negative_prompt: str | None = None
+    seed: int = 0
+    attention: Literal["nabla", "dense"] | VisualAttention | None = None
+    top_p: float | None = None
+    magcache: bool = False
+
+    def resolve(self, preset: Preset) -> "Job":
+        """Check everything, and fill in what the preset says."""
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError(f"prompt {self.prompt!r} is empty: say in words what to show")
+        image = self._image(preset)
+        height, width = self._size(preset, image)
+        num_steps = preset.num_steps if self.num_steps is None else self.num_steps
+        guidance = preset.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        shift = preset.shift if self.shift is None else self.shift
+        if num_steps < 1 or num_steps != int(num_steps):
+            raise ValueError(f"num_steps {num_steps} must be a whole number from 1")
+        if not math.isfinite(guidance) or guidance < 0:
+            raise ValueError(f"guidance_scale {guidance} must be a number from 0; 1 is no guidance")
+        if not (math.isfinite(shift) and shift > 0):
+            raise ValueError(f"shift {shift} must be a positive number")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be from 0 to 2^63 - 1")
+        content = CONTENT[preset.task]
+        negative = self.negative_prompt
+        return Job(
+            preset=preset,
+            prompt=self.prompt,
+            negative_prompt=NEGATIVE_PROMPTS[content] if negative is None else negative,
+            image=None if image is None else fit(image[None], height, width)[0],
+            latent_shape=(
+                self._latent_frames(preset),
+                height // PIXELS_PER_LATENT,
+                width // PIXELS_PER_LATENT,
+            ),
+            num_steps=num_steps,
+            guidance_scale=float(guidance),
+            shift=float(shift),
+            seed=self.seed,
+            attention=self._attention(preset),
+            schedule=self._schedule(preset, num_steps, guidance),
+        )
+
+    def _image(self, preset: Preset) -> Tensor | None:
+        takes_image = preset.task.startswith("image")
+        if self.image is None:
+            if takes_image:
+                raise ValueError(f"preset {preset.name} is {preset.task}: it needs an image")
+            return None
+        if not takes_image:
+            raise ValueError(f"preset {preset.name} is {preset.task}: it takes no image")
+        if isinstance(self.image, Tensor):
+            return self.image
+        if isinstance(self.image, Image.Image):
+            return torch.from_numpy(np.array(self.image.convert("RGB")))
+        return read_image(self.image)
+
+    def _size(self, preset: Preset, image: Tensor | None) -> Size:
+        multiples = preset.size_multiple
+        if self.size is None:
+            if image is None:
+                return preset.size
+            if preset.is_video:
+                return _same_shape(image, max(h * w for h, w in preset.sizes), multiples)
+            shape = image.shape[0] / image.shape[1]
+            return min(preset.sizes, key=lambda size: abs(size[0] / size[1] - shape))
+        nearest = _round(self.size, multiples)
+        if nearest != tuple(self.size):
+            raise ValueError(
+                f"size {_text(self.size)} must be of multiples of {multiples[0]} pixels; the "
+                f"nearest is {_text(nearest)} (height x width)"
+            )
+        return nearest
+
+    def _latent_frames(self, preset: Preset) -> int:
+        if not preset.is_video:
+            if self.seconds is not None:
+                raise ValueError(f"preset {preset.name} makes images: seconds {self.seconds}")
+            return 1
+        if self.seconds is None:
+            return preset.latent_frames
+        shortest = FRAMES_PER_LATENT / FPS
+        if not (math.isfinite(self.seconds) and self.seconds >= shortest):
+            raise ValueError(
+                f"seconds {self.seconds} make no video: give at least {shortest:.2f}, such as the "
+                f"preset's {preset.seconds}"
+            )
+        return int(FPS * self.seconds) // FRAMES_PER_LATENT + 1
+
+    def _attention(self, preset: Preset) -> VisualAttention:
+        model = preset.model
+        kind = self.attention or ("dense" if model.top_p is None else "nabla")
+        if kind != "nabla" and self.top_p is not None:
+            raise ValueError(f"top_p {self.top_p} is of NABLA: give attention 'nabla' too")
+        if kind == "dense":
+            return DenseAttention()
+        if isinstance(kind, str) and kind != "nabla":
+            raise ValueError(f"attention {kind!r} is neither 'nabla' nor 'dense'")
+        if not isinstance(kind, str):
+            return kind
+        top_p = self.top_p if self.top_p is not None else (model.top_p or TOP_P)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p {top_p} must be in (0, 1]: the attention mass to keep")
+        return NablaAttention(top_p, WINDOW if model.top_p is None else model.window)
+
+    def _schedule(self, preset: Preset, num_steps: int, guidance_scale: float) -> Schedule | None:
+        if not self.magcache:
+            return None
+        if preset.magnitudes is None:
+            raise ValueError(f"preset {preset.name} has no magnitudes: magcache cannot be used")
+        branches = 1 if guidance_scale == 1.0 else 2
+        return skip_schedule(preset.magnitudes, num_steps, branches=branches)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request in full: what the result depends on, beside the weights."""
+
+    preset: Preset
+    prompt: str
+    negative_prompt: str
+    image: Tensor | None
+    latent_shape: tuple[int, int, int]
+    num_steps: int
+    guidance_scale: float
+    shift: float
+    seed: int
+    attention: VisualAttention
+    schedule: Schedule | None
+
+    @property
+    def frames(self) -> int:
+        """Frames that come out."""
+        return FRAMES_PER_LATENT * (self.latent_shape[0] - 1) + 1
+
+    @property
+    def size(self) -> Size:
+        """(height, width) in pixels."""
+        _, height, width = self.latent_shape
+        return PIXELS_PER_LATENT * height, PIXELS_PER_LATENT * width
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the model is called twice a step."""
+        return self.guidance_scale != 1.0
+
+    def can_resume_after(self, step: int) -> bool:
+        """Whether the steps behind the first `step` need nothing but the latents."""
+        return self.schedule is None or step == self.num_steps or not any(self.schedule[step])
+
+    def arguments(self) -> dict[str, Any]:
+        """Everything as JSON values, the image by its hash."""
+        image = None if self.image is None else self.image.contiguous().numpy().tobytes()
+        return {
+            "preset": self.preset.name,
+            "model": self.preset.model.to_dict(),
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt if self.is_guided else None,
+            "image": None if image is None else hashlib.sha256(image).hexdigest(),
+            "size": self.size,
+            "frames": self.frames,
+            "num_steps": self.num_steps,
+            "guidance_scale": self.guidance_scale,
+            "shift": self.shift,
+            "seed": self.seed,
+            "attention": repr(self.attention),
+            "magcache": self.schedule is not None,
+        }
+
+
+def _same_shape(image: Tensor, area: int, multiples: Size) -> Size:
+    """The size of about `area` pixels in the shape of an image [H, W, 3]."""
+    scale = math.sqrt(area / (image.shape[0] * image.shape[1]))
+    return _round((image.shape[0] * scale, image.shape[1] * scale), multiples)
+
+
+def _round(size: tuple[float, float], multiples: Size) -> Size:
+    height, width = (
+        max(1, round(extent / multiple)) * multiple
+        for extent, multiple in zip(size, multiples, strict=True)
+    )
+    return height, width
+
+
+def _text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
