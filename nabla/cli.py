@@ -3,6 +3,7 @@
 nabla info [--json]    versions, devices, instruction sets, backends and why one is missing
 nabla demo             dense and NABLA attention side by side on a real clip
 nabla mask             picture of a block mask
+nabla generate         a video or an image of Kandinsky 5, from its weights
 """
 
 from __future__ import annotations
@@ -131,6 +132,59 @@ def mask(
         table.add_row(str(head), *(f"{value:.3f}" for value in values))
     console.print(table)
     console.print(f"density {block_mask.density():.3f}, picture in {out}", highlight=False)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    preset: Annotated[str, typer.Option(help="The model, such as video-lite-10s.")],
+    weights: Annotated[Path, typer.Option(help="Folder of the weights.")],
+    image: Annotated[Path | None, typer.Option(help="First frame, or image to edit.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, multiples of 16 px.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of the video.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Euler steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Shift of the times.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What to guide away from.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="The .mp4, .gif or .png to write.")] = None,
+    attention: Annotated[Literal["nabla", "dense"] | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option(help="Mass that NABLA keeps, in (0, 1].")] = None,
+    magcache: Annotated[bool, typer.Option(help="Leave out calls that hardly differ.")] = False,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; else CUDA if any.")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep each part on the device only while it works.")
+    ] = False,
+    templates: Annotated[
+        Literal["original", "diffusers"], typer.Option(help="Whose templates for the prompt.")
+    ] = "original",
+) -> None:
+    """Generate a video or an image with the weights of Kandinsky 5.
+
+    What an option leaves open is the preset's. Interrupted, the same command goes on where it was.
+    """
+    try:
+        from kandinsky_model.generate import parse_size, run
+        from kandinsky_model.request import Request
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error}; generating needs: pip install 'nabla-attention[generate]'", name=error.name
+        ) from error
+    request = Request(
+        prompt,
+        image=image,
+        size=None if size is None else parse_size(size),
+        seconds=seconds,
+        num_steps=steps,
+        guidance_scale=guidance,
+        shift=shift,
+        negative_prompt=negative,
+        seed=seed,
+        attention=attention,
+        top_p=top_p,
+        magcache=magcache,
+    )
+    run(request, preset, weights, out=out, device=device, offload=offload, variant=templates)
 
 
 def _three(option: str, text: str) -> tuple[int, int, int]:
