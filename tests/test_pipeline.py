@@ -1,5 +1,7 @@
 """Whole pipelines against those of diffusers on the same components, and resuming."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -17,8 +19,9 @@ from PIL import Image
 from test_model import diffusers_model
 
 from kandinsky_model import NablaAttention
-from kandinsky_model.pipeline import Pipeline
+from kandinsky_model.pipeline import Pipeline, normalize_first_frames
 from kandinsky_model.request import Request
+from kandinsky_model.text import IMAGE_TOKEN
 
 PIPELINES = {
     "text-to-video": Kandinsky5T2VPipeline,
@@ -41,13 +44,23 @@ class UpstreamTimes(FlowMatchEulerDiscreteScheduler):
 
 
 class Processor:
-    """The tokenizer as the pipelines of diffusers call it."""
+    """Tokenizer and image processor as the pipelines of diffusers call them."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, encoder):
+        self.tokenizer, self.image_processor = encoder.tokenizer, encoder.image_processor
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     def __call__(self, text, images=None, videos=None, **options):
-        return self.tokenizer(text, **options)
+        if images is None:
+            return self.tokenizer(text, **options)
+        patches = self.image_processor(images=images, return_tensors="pt")
+        count = int(patches["image_grid_thw"].prod()) // 4
+        tokens = self.tokenizer(
+            [one.replace(IMAGE_TOKEN, count * IMAGE_TOKEN) for one in text], **options
+        )
+        tokens.update(patches)
+        tokens["mm_token_type_ids"] = (tokens["input_ids"] == self.image_token_id).int()
+        return tokens
 
     def decode(self, *args, **options):
         return self.tokenizer.decode(*args, **options)
@@ -89,7 +102,7 @@ def theirs(row, encoder):
         transformer=diffusers_model(tiny.cross_dit(row.model)),
         vae=tiny.vae(row).model,
         text_encoder=encoder.qwen,
-        tokenizer=Processor(encoder.tokenizer),
+        tokenizer=Processor(encoder),
         text_encoder_2=encoder.clip,
         tokenizer_2=encoder.clip_tokenizer,
         scheduler=UpstreamTimes(shift=row.shift),
@@ -110,10 +123,11 @@ def random_image(size=SIZE, seed=5) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
+FLASH = {"num_steps": 16, "guidance_scale": 1.0}
 CASES = {
     "text to video, dense": ("text-to-video", False, {}),
     "text to video, NABLA": ("text-to-video", True, {}),
-    "text to video, flash": ("text-to-video", False, {"num_steps": 16, "guidance_scale": 1.0}),
+    "text to video, flash": ("text-to-video", False, FLASH),
     "text to video, NABLA, flash": (
         "text-to-video",
         True,
@@ -122,6 +136,7 @@ CASES = {
     "image to video, dense": ("image-to-video", False, {}),
     "image to video, NABLA": ("image-to-video", True, {}),
     "text to image": ("text-to-image", False, {"guidance_scale": 3.5, "shift": 3.0}),
+    "image to image": ("image-to-image", False, {"guidance_scale": 3.5, "shift": 3.0}),
 }
 
 
@@ -130,7 +145,11 @@ CASES = {
 def test_equals_diffusers(task, sparse, changes, encoder, monkeypatch):
     row = tiny.preset(task, sizes=(SIZE,), **changes)
     attention = RecordedNabla(0.5, (3, 1, 1)) if sparse else None
-    image = random_image() if task.startswith("image") else None
+    image = None
+    if task == "image-to-video":
+        image = random_image()
+    if task == "image-to-image":  # Qwen2.5-VL sees half the size; diffusers resizes otherwise
+        image = Image.new("RGB", SIZE, (200, 90, 30))
     seconds = SECONDS if row.is_video else None
     request = Request(PROMPT, image=image, seconds=seconds, seed=7, attention=attention)
     # diffusers takes the statistics of the first 4 frames together where upstream takes those of
@@ -167,3 +186,153 @@ def test_equals_diffusers(task, sparse, changes, encoder, monkeypatch):
     assert relative_error(actual, expected) < 1e-3
     if sparse:
         assert next(masks, None) is None, "both called the attention as often"
+
+
+def test_first_frames_are_normalized_as_upstream_does():
+    latents = torch.randn(2, 11, 6, 8, 4, dtype=torch.float64)
+    latents[:, 0] = 3 * latents[:, 0] + 2  # far off: the bounds hold it
+    latents[:, 1] = 1.05 * latents[:, 1] + 0.02
+    expected = latents.clone().numpy()
+    for video in expected:
+        reference_frames = video[4:9]
+        for frame in video[:4]:
+            mean, std = frame.mean(), frame.std(ddof=1)
+            to_mean = np.clip(reference_frames.mean(), mean - 0.05, mean + 0.1)
+            to_std = np.clip(reference_frames.std(ddof=1), std - 0.1, std + 0.25)
+            frame[:] = (frame - mean) / std * to_std + to_mean
+    actual = normalize_first_frames(latents)
+    torch.testing.assert_close(actual, torch.from_numpy(expected))
+    assert not torch.allclose(actual[:, :4], latents[:, :4])
+    for frames in (1, 4):  # nothing to compare with
+        assert torch.equal(normalize_first_frames(latents[:, :frames]), latents[:, :frames])
+
+
+def test_the_first_frame_is_the_image(encoder):
+    row = tiny.preset("image-to-video", sizes=((64, 64),))
+    request = Request(PROMPT, image=random_image((64, 64)), seconds=0.5, num_steps=2)
+    pipeline = ours(row, encoder)
+    inputs = pipeline._inputs(request.resolve(row))
+    latents = pipeline.latents(request, progress=False)
+    assert latents.shape == (1, 4, 8, 8, 4)
+    assert torch.equal(latents[:, :1], inputs["first_frame"])
+
+
+def test_seeds(encoder):
+    row = tiny.preset(sizes=((32, 32),))
+    pipeline = ours(row, encoder)
+
+    def latents(seed, **options):
+        request = Request(PROMPT, seed=seed, seconds=0.2, num_steps=2, **options)
+        return pipeline.latents(request, progress=False)
+
+    assert torch.equal(latents(3), latents(3))
+    assert not torch.equal(latents(3), latents(4))
+    noise = torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(
+        pipeline._inputs(Request(PROMPT, seed=3, seconds=0.2).resolve(row))["latents"], noise
+    )
+
+
+class Counting:
+    """A part's loader that counts how often the part is loaded."""
+
+    def __init__(self, load):
+        self.load, self.count = load, 0
+
+    def __call__(self):
+        self.count += 1
+        return self.load()
+
+
+@pytest.mark.parametrize("magcache", [False, True], ids=["plain", "magcache"])
+@pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
+@pytest.mark.parametrize("stop", [1, 6, 10])
+def test_an_interrupted_run_goes_on_with_the_same_result(encoder, tmp_path, task, stop, magcache):
+    row = tiny.preset(task, sizes=((32, 48),), num_steps=10)
+    image = random_image((32, 48)) if task == "image-to-video" else None
+    request = Request(PROMPT, image=image, seconds=0.9, magcache=magcache)
+    expected = ours(row, encoder).latents(request, progress=False)
+    state, steps = tmp_path / "state.safetensors", []
+
+    def interrupt(step, latents):
+        steps.append(step)
+        if step == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ours(row, encoder).latents(request, state=state, callback=interrupt, progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == [state.name], "no half-written file"
+    pipeline = Pipeline(row, text := Counting(lambda: encoder), lambda: tiny.cross_dit(row.model),
+                        lambda: tiny.vae(row))  # fmt: skip
+    actual = pipeline.latents(
+        request, state=state, callback=lambda step, _: steps.append(step), progress=False
+    )
+    assert torch.equal(actual, expected)
+    assert text.count == 0, "the features are in the state"
+    again = steps[stop:]
+    assert again == list(range(again[0] if again else 0, 11 if again else 0))
+    assert len(again) in ((10 - stop,) if not magcache else range(10 - stop, 13 - stop))
+
+
+def test_a_state_is_taken_up_with_the_same_arguments_only(encoder, tmp_path):
+    row, state = tiny.preset(sizes=((32, 32),)), tmp_path / "state.safetensors"
+    pipeline, request = ours(row, encoder), Request(PROMPT, seconds=0.2, num_steps=2)
+    expected = pipeline.latents(request, state=state, progress=False)
+    for change, words in [
+        ({"seed": 1}, "seed 0, now 1"),
+        ({"prompt": "a dog"}, "now 'a dog'"),
+        ({"num_steps": 3}, "num_steps 2, now 3"),
+        ({"size": (32, 48)}, "size"),
+        ({"guidance_scale": 2.0}, "guidance_scale 5.0, now 2.0"),
+        ({"attention": "nabla"}, "attention"),
+        ({"negative_prompt": "red"}, "negative_prompt"),
+    ]:
+        with pytest.raises(ValueError, match=f"other arguments.*{words}.*delete"):
+            pipeline.latents(replace(request, **change), state=state, progress=False)
+    with pytest.raises(ValueError, match="weights"):
+        ours(row, encoder, weights="others").latents(request, state=state, progress=False)
+    assert torch.equal(pipeline.latents(request, state=state, progress=False), expected)
+    state.write_bytes(state.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="cannot be read.*delete"):
+        pipeline.latents(request, state=state, progress=False)
+
+
+@pytest.mark.parametrize(("guidance_scale", "calls"), [(1.0, 3), (1.01, 6), (0.0, 6)])
+def test_calls_of_the_model(encoder, guidance_scale, calls):
+    row = tiny.preset(sizes=((32, 32),))
+    count = []
+
+    def attention(q, k, v, grid):
+        count.append(grid)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    request = Request(
+        PROMPT, seconds=0.2, num_steps=3, guidance_scale=guidance_scale, attention=attention
+    )
+    ours(row, encoder).latents(request, progress=False)
+    assert len(count) == calls * row.model.num_visual_blocks
+
+
+@pytest.mark.parametrize("size", [(80, 112), (16, 16), (144, 48)])
+def test_sizes_that_are_no_multiples_of_128(encoder, size):
+    row = tiny.preset(sizes=(SIZE,))
+    frames = ours(row, encoder)(
+        Request(PROMPT, size=size, seconds=0.2, num_steps=1, attention="nabla", top_p=0.5),
+        progress=False,
+    )
+    assert frames.shape == (5, *size, 3) and frames.dtype == torch.uint8
+
+
+def test_offload_and_low_precision(encoder):
+    row = tiny.preset(sizes=((32, 32),))
+    request = Request(PROMPT, seconds=0.2, num_steps=2)
+    expected = ours(row, encoder).latents(request, progress=False)
+    load = Counting(lambda: tiny.cross_dit(row.model))
+    pipeline = Pipeline(row, lambda: encoder, load, lambda: tiny.vae(row), offload=True)
+    for _ in range(2):
+        assert torch.equal(pipeline.latents(request, progress=False), expected)
+    assert load.count == 2, "on a CPU, a part is in memory only while it works"
+    low = tiny.cross_dit(row.model).cast(torch.bfloat16)
+    pipeline = Pipeline(row, lambda: encoder, lambda: low, lambda: tiny.vae(row))
+    actual = pipeline.latents(request, progress=False)
+    assert actual.dtype == torch.float32 and 0 < relative_error(actual, expected) < 0.1
