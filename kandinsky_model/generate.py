@@ -3,6 +3,7 @@
 Beside the file lies <file>.state.safetensors until it is done: the same command goes on from there.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from rich.console import Console
 from kandinsky_model import presets
 from kandinsky_model.clip import check_suffix, write_frames
 from kandinsky_model.files import replacing
-from kandinsky_model.pipeline import Pipeline
+from kandinsky_model.memory import MemoryPlan, Mode, device_memory, memory_plan
+from kandinsky_model.pipeline import Pipeline, pick_device
 from kandinsky_model.presets import FPS
 from kandinsky_model.request import Job, Request
 from kandinsky_model.text import Variant
@@ -23,13 +25,14 @@ INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 def run(
     request: Request,
     preset_name: str,
-    weights: Path,
+    weights: Path | None,
     *,
     out: Path | None = None,
     device: str | None = None,
     offload: bool = False,
     variant: Variant = "original",
-) -> Path:
+    plan_only: bool = False,
+) -> Path | None:
     """Generate a video or an image.
 
     Args:
@@ -37,39 +40,74 @@ def run(
         preset_name: One of `PRESETS`.
         weights: Folder, see `kandinsky_model.folder`.
         out: The file to write; None makes a name of the prompt and the seed.
-        device: See `Pipeline.load`.
-        offload: See `Pipeline.load`.
+        device: None takes CUDA where there is a device, else the CPU.
+        offload: Keep parts on the device only while they work, also where all would fit.
         variant: See `Pipeline.load`.
+        plan_only: Print the memory plan and stop; needs no weights.
 
     Returns:
-        The file.
+        The file, or None with `plan_only`.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     preset = presets.preset(preset_name)
     job = request.resolve(preset)
+    place = pick_device(device)
+    plan = memory_plan(preset, job.size, request.seconds, device_memory(place))
+    if plan_only:
+        console.print(plan.describe())
+        return None
+    if weights is None:
+        raise ValueError("--weights is missing: the folder that holds the weights")
+    check_memory(plan, place)
     out = out or default_path(job)
     check_suffix(out, is_video=preset.is_video)
     check_writable(out)
-    pipeline = Pipeline.load(weights, preset, device=device, offload=offload, variant=variant)
+    mode: Mode = plan.mode or "stream"
+    if offload and mode == "resident":
+        mode = "offload"
+    pipeline = Pipeline.load(weights, preset, device=place, mode=mode, variant=variant)
     state = out.with_name(f"{out.name}.state.safetensors")
     height, width = job.size
+    what = "image" if job.frames == 1 else f"{job.frames} frames"
     console.print(
-        f"{preset.name}: {job.frames} frames of {height} x {width} pixels, "
-        f"{job.num_steps} steps, guidance {job.guidance_scale:g}, seed {job.seed}, "
-        f"on {pipeline.device}" + (f"; goes on with {state}" if state.exists() else "")
+        f"{preset.name}: {what} of {height} x {width} pixels in {job.num_steps} steps, guidance "
+        f"{job.guidance_scale:g}, seed {job.seed}, {place} ({mode})"
     )
+    if state.exists():
+        console.print(f"goes on with {state}")
     try:
         frames = pipeline(request, state=state)
     except KeyboardInterrupt:
-        note = f"the same command goes on with {state}" if state.exists() else "nothing is kept"
-        console.print(f"interrupted: {note}")
+        what = f"the same command goes on with {state}" if state.exists() else "nothing is kept"
+        console.print(f"interrupted: {what}")
         raise SystemExit(INTERRUPTED) from None
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{pipeline.device} is out of memory: {error}") from error
+        raise ValueError(f"{place} is out of memory; try --offload: {error}") from error
     write_frames(frames, out, fps=FPS)
     state.unlink(missing_ok=True)
     console.print(f"wrote {out}")
     return out
+
+
+def check_memory(plan: MemoryPlan, device: torch.device) -> None:
+    """Raise an error with the figures if the device cannot hold the work.
+
+    On a CPU, weights are files mapped into memory, so that only what is computed counts.
+    """
+    plan.check()
+    if device.type == "cpu":
+        needed, there = max(phase.activations for phase in plan.phases), host_memory()
+        if needed > there:
+            raise ValueError(
+                f"{plan.preset} at {plan.size[0]}x{plan.size[1]} with {plan.frames} frames needs "
+                f"{needed / 1e9:.2f} GB beside its weights, and this machine has "
+                f"{there / 1e9:.2f} GB; take a smaller size or fewer seconds"
+            )
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def default_path(job: Job) -> Path:

@@ -10,20 +10,22 @@ latents  -> VAE         -> frames, uint8 [T, H, W, 3]
     write_frames(frames, "cat.mp4")
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kandinsky_model import presets
 from kandinsky_model.checkpoint import load_checkpoint
 from kandinsky_model.folder import find_parts
 from kandinsky_model.magcache import MagCache
+from kandinsky_model.memory import Mode, streamed
 from kandinsky_model.model import CrossDiT
 from kandinsky_model.presets import Preset
+from kandinsky_model.pretrained import require
 from kandinsky_model.request import Job, Request
 from kandinsky_model.sampler import Callback, euler, guided_velocity, timesteps
 from kandinsky_model.state import load_state, save_state
@@ -38,32 +40,35 @@ class Part(Generic[P]):
     """A part of a pipeline, read when it is first used.
 
     Args:
-        load: Reads it.
+        load: Reads it; to the device only if it is resident.
         device: Where it works.
-        offload: Whether it is there only while it works; Qwen2.5-VL then layer by layer.
+        mode: How it gets there, see `kandinsky_model.memory`.
     """
 
-    def __init__(self, load: Callable[[], P], device: torch.device, *, offload: bool) -> None:
+    def __init__(self, load: Callable[[], P], device: torch.device, mode: Mode) -> None:
         self._load: Callable[[], P] = load
-        self._device, self._offload = device, offload
+        self._device, self._mode = device, mode
         self._part: P | None = None
 
     @contextmanager
     def at_work(self) -> Iterator[P]:
         """The part, on its device."""
         part = self._part = self._part or self._load()
-        if isinstance(part, TextEncoder):
-            part.to(self._device, stream=self._offload)
-        else:
-            part.to(self._device)
-        try:
-            yield part
-        finally:
-            if self._offload and self._device.type == "cpu":
+        if self._mode == "resident":
+            yield part.to(self._device)
+        elif self._device.type == "cpu":  # nowhere to go but out of memory
+            try:
+                yield part
+            finally:
                 self._part = None
-            elif self._offload:
-                part.to("cpu")
-                torch.cuda.empty_cache()
+        else:
+            with streamed(part, self._device, self._blocks(part)):
+                yield part
+
+    def _blocks(self, part: nn.Module) -> Sequence[nn.Module] | None:
+        if isinstance(part, TextEncoder):
+            return part.blocks
+        return None if isinstance(part, CrossDiT) and self._mode == "stream" else ()
 
 
 class Pipeline:
@@ -75,7 +80,8 @@ class Pipeline:
         load_model: Likewise.
         load_vae: Likewise.
         device: Where they work.
-        offload: Whether each is on the device only while it works; on a CPU, in memory.
+        mode: "resident": they stay there. "offload": each is there only while it works, Qwen2.5-VL
+            layer by layer. "stream": so does the model, block by block.
         weights: What tells these weights from others, as a JSON value: an interrupted run goes on
             with the same ones only.
     """
@@ -88,13 +94,13 @@ class Pipeline:
         load_vae: Callable[[], VAE],
         *,
         device: torch.device | str = "cpu",
-        offload: bool = False,
+        mode: Mode = "resident",
         weights: Any = None,
     ) -> None:
         self.preset, self.device, self.weights = preset, torch.device(device), weights
-        self._text_encoder = Part(load_text_encoder, self.device, offload=offload)
-        self._model = Part(load_model, self.device, offload=offload)
-        self._vae = Part(load_vae, self.device, offload=offload)
+        self._text_encoder = Part(load_text_encoder, self.device, mode)
+        self._model = Part(load_model, self.device, mode)
+        self._vae = Part(load_vae, self.device, mode)
 
     @classmethod
     def load(
@@ -103,21 +109,27 @@ class Pipeline:
         preset: str | Preset,
         *,
         device: torch.device | str | None = None,
-        offload: bool = False,
+        mode: Mode = "resident",
         variant: Variant = "original",
     ) -> "Pipeline":
-        """A pipeline on the weights in a folder, which are checked now and read when they are used.
+        """A pipeline on the weights in a folder.
+
+        All are checked now. The VAE is read now, for it is small; the rest when it is first used.
 
         Args:
             folder: See `kandinsky_model.folder` for what lies where.
             preset: One of `PRESETS`, or its name.
             device: None takes CUDA where there is a device, else the CPU.
-            offload: See `Pipeline`.
+            mode: See `Pipeline`.
             variant: Whose prompt templates, see `TextEncoder`.
         """
         preset = presets.preset(preset) if isinstance(preset, str) else preset
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = pick_device(device)
         parts = find_parts(folder, preset)
+        dtype = torch.float16 if preset.is_video else torch.bfloat16
+        dtype = torch.float32 if device.type == "cpu" else dtype
+        vae = VAE.load(parts.vae, is_video=preset.is_video, dtype=dtype)
+        require("transformers")
 
         def load_text_encoder() -> TextEncoder:
             return TextEncoder.load(
@@ -130,21 +142,16 @@ class Pipeline:
             )
 
         def load_model() -> CrossDiT:
-            target = "cpu" if offload else device
+            target = device if mode == "resident" else "cpu"
             return load_checkpoint(parts.model, config=preset.model, device=target)
-
-        def load_vae() -> VAE:
-            dtype = torch.float16 if preset.is_video else torch.bfloat16
-            dtype = torch.float32 if device.type == "cpu" else dtype
-            return VAE.load(parts.vae, is_video=preset.is_video, dtype=dtype)
 
         return cls(
             preset,
             load_text_encoder,
             load_model,
-            load_vae,
+            lambda: vae,
             device=device,
-            offload=offload,
+            mode=mode,
             weights=[variant, *parts.fingerprint()],
         )
 
@@ -254,6 +261,20 @@ class Pipeline:
                 callback=callback,
                 progress="sampling" if progress else None,
             )
+
+
+def pick_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of this name; None takes CUDA where there is a device, else the CPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device {str(name)!r} is not known: {error}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {str(name)!r} is not there: torch sees {torch.cuda.device_count()} CUDA "
+            "devices; see nabla info"
+        )
+    return device
 
 
 def normalize_first_frames(latents: Tensor) -> Tensor:

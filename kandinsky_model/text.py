@@ -110,7 +110,7 @@ TEMPLATES: dict[Variant, dict[Content, Template]] = {
 }
 
 
-class TextEncoder:
+class TextEncoder(nn.Module):
     """Qwen2.5-VL and CLIP with their tokenizers.
 
     Args:
@@ -134,12 +134,11 @@ class TextEncoder:
     ) -> None:
         if variant not in TEMPLATES:
             raise ValueError(f"variant {variant!r} is none of {', '.join(TEMPLATES)}")
-        self.qwen, self.tokenizer = qwen.eval(), tokenizer
-        self.clip, self.clip_tokenizer = clip.eval(), clip_tokenizer
+        super().__init__()
+        self.qwen, self.clip = qwen.model.eval(), clip.eval()  # the head that predicts words: no
+        self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
         self.image_processor = image_processor
         self.variant: Variant = variant
-        self.device = torch.device("cpu")
-        self._hooks: list[Any] = []
 
     @classmethod
     def load(
@@ -173,26 +172,19 @@ class TextEncoder:
             variant=variant,
         )
 
-    def to(self, device: torch.device | str, *, stream: bool = False) -> "TextEncoder":
-        """Move to a device.
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What can come to a device one after the other, in the order of the calls."""
+        text = self.qwen.language_model
+        return [text.embed_tokens, self.qwen.visual, *text.layers]
 
-        Args:
-            device: Where the features are computed.
-            stream: Whether the layers of Qwen2.5-VL visit the device one after the other, so that
-                it never holds more than one of them.
-        """
-        for hook in self._hooks:
-            hook.remove()
-        self.device, self._hooks = torch.device(device), []
-        self.clip.to(device)
-        if stream:
-            self._hooks = _stream(self.qwen.model, self.device)
-        else:
-            self.qwen.to(device)
-        return self
+    @property
+    def device(self) -> torch.device:
+        """Where the features are computed."""
+        return next(self.clip.parameters()).device
 
     @torch.no_grad()
-    def __call__(self, prompt: str, content: Content, image: Tensor | None = None) -> Text:
+    def forward(self, prompt: str, content: Content, image: Tensor | None = None) -> Text:
         """Encode one prompt.
 
         Args:
@@ -225,7 +217,7 @@ class TextEncoder:
         if vision:
             is_image = ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
             vision["mm_token_type_ids"] = is_image.int()
-        states = self.qwen.model(ids, use_cache=False, **vision).last_hidden_state
+        states = self.qwen(ids, use_cache=False, **vision).last_hidden_state
         return states[:, template.crop :]
 
     def _patches(self, image: Tensor) -> dict[str, Tensor]:
@@ -242,21 +234,3 @@ class TextEncoder:
         )  # fmt: skip
         inputs = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
         return self.clip(**inputs).pooler_output
-
-
-def _stream(model: Any, device: torch.device) -> list[Any]:
-    """Let the parts of Qwen2.5-VL visit the device one after the other."""
-    text = model.language_model
-    text.rotary_emb.to(device)
-
-    def enter(module: nn.Module, *_: Any) -> None:
-        module.to(device)
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        module.to("cpu")
-
-    hooks = []
-    for part in (model.visual, text.embed_tokens, *text.layers, text.norm):
-        hooks.append(part.register_forward_pre_hook(enter))
-        hooks.append(part.register_forward_hook(leave))
-    return hooks

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from kandinsky_model.pretrained import read_model, require
@@ -21,7 +21,7 @@ TILE_FRAMES, STRIDE_FRAMES = 16, 8
 TILE_SIZE, STRIDE_SIZE = 256, 192
 
 
-class VAE:
+class VAE(nn.Module):
     """A variational autoencoder of diffusers.
 
     Args:
@@ -29,6 +29,7 @@ class VAE:
     """
 
     def __init__(self, model: Any) -> None:
+        super().__init__()
         self.model = model.eval()
         self.scaling_factor: float = model.config.scaling_factor
         self.is_video = hasattr(model, "temporal_compression_ratio")
@@ -48,11 +49,6 @@ class VAE:
         library = require("diffusers")
         kind = library.AutoencoderKLHunyuanVideo if is_video else library.AutoencoderKL
         return cls(read_model(kind, folder, torch_dtype=dtype))
-
-    def to(self, device: torch.device | str) -> "VAE":
-        """Move to a device."""
-        self.model.to(device)
-        return self
 
     @torch.no_grad()
     def encode(self, frames: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

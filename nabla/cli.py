@@ -138,7 +138,7 @@ def mask(
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     preset: Annotated[str, typer.Option(help="The model, such as video-lite-10s.")],
-    weights: Annotated[Path, typer.Option(help="Folder of the weights.")],
+    weights: Annotated[Path | None, typer.Option(help="Folder of the weights.")] = None,
     image: Annotated[Path | None, typer.Option(help="First frame, or image to edit.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, multiples of 16 px.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Length of the video.")] = None,
@@ -154,6 +154,9 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; else CUDA if any.")] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep each part on the device only while it works.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what memory it takes, and stop.")
     ] = False,
     templates: Annotated[
         Literal["original", "diffusers"], typer.Option(help="Whose templates for the prompt.")
@@ -184,7 +187,16 @@ def generate(
         top_p=top_p,
         magcache=magcache,
     )
-    run(request, preset, weights, out=out, device=device, offload=offload, variant=templates)
+    run(
+        request,
+        preset,
+        weights,
+        out=out,
+        device=device,
+        offload=offload,
+        variant=templates,
+        plan_only=plan,
+    )
 
 
 def _three(option: str, text: str) -> tuple[int, int, int]:

@@ -101,7 +101,7 @@ def theirs(row, encoder):
     pipeline = PIPELINES[row.task](
         transformer=diffusers_model(tiny.cross_dit(row.model)),
         vae=tiny.vae(row).model,
-        text_encoder=encoder.qwen,
+        text_encoder=tiny.qwen(),
         tokenizer=Processor(encoder),
         text_encoder_2=encoder.clip,
         tokenizer_2=encoder.clip_tokenizer,
@@ -328,7 +328,7 @@ def test_offload_and_low_precision(encoder):
     request = Request(PROMPT, seconds=0.2, num_steps=2)
     expected = ours(row, encoder).latents(request, progress=False)
     load = Counting(lambda: tiny.cross_dit(row.model))
-    pipeline = Pipeline(row, lambda: encoder, load, lambda: tiny.vae(row), offload=True)
+    pipeline = Pipeline(row, lambda: encoder, load, lambda: tiny.vae(row), mode="offload")
     for _ in range(2):
         assert torch.equal(pipeline.latents(request, progress=False), expected)
     assert load.count == 2, "on a CPU, a part is in memory only while it works"

@@ -1,0 +1,339 @@
+"""`nabla generate` as a user meets it: files, interruptions, and what it refuses at once."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kandinsky_model import generate, presets
+from kandinsky_model.pipeline import Pipeline
+from kandinsky_model.request import Request
+from nabla.cli import main
+
+ROWS = {
+    "text-to-video": tiny.preset("text-to-video", sizes=((48, 64),)),
+    "image-to-video": tiny.preset("image-to-video", sizes=((48, 64), (64, 48))),
+    "text-to-image": tiny.preset("text-to-image", sizes=((48, 64),)),
+    "image-to-image": tiny.preset("image-to-image", sizes=((48, 64), (64, 48))),
+}
+# A process of its own that ends itself by a signal as soon as it has kept so many steps.
+SCRIPT = """
+import os, sys
+sys.path[:0] = {tests!r}, {root!r}
+import torch
+from kandinsky_model import pipeline, presets
+from test_generate import ROWS
+presets.PRESETS["tiny"] = ROWS["text-to-video"]
+torch.set_num_threads(1)
+save = pipeline.save_state
+def save_state(path, tensors, step, arguments):
+    save(path, tensors, step, arguments)
+    if step == {step}:
+        os.kill(os.getpid(), {signal})
+pipeline.save_state = save_state
+from nabla.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder for each task, in upstream's layout."""
+    return {
+        task: tiny.write_weights(tmp_path_factory.mktemp(task), row) for task, row in ROWS.items()
+    }
+
+
+@pytest.fixture
+def nabla(monkeypatch, tmp_path, weights, capsys):
+    """Runs `nabla generate` in a folder of its own; returns exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, task="text-to-video", prompt="a cat in a hat", folder=None):
+        monkeypatch.setitem(presets.PRESETS, "tiny", ROWS[task])
+        options = ["--preset", "tiny", "--weights", str(folder or weights[task])]
+        monkeypatch.setattr(sys, "argv", ["nabla", "generate", prompt, *options, *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code or 0
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return run
+
+
+def image_file(path, size=(64, 48)) -> str:
+    Image.effect_noise(size, 90).convert("RGB").save(path)
+    return str(path)
+
+
+def decoded(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        return frames, stream.average_rate, stream.codec_context.name
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_writes_a_video_that_a_player_opens(nabla, weights):
+    status, printed = nabla("--out", "cat.mp4", "--steps", "2", "--seed", "3", "--seconds", "0.7")
+    assert status == 0 and "wrote cat.mp4" in printed
+    assert os.listdir() == ["cat.mp4"], "no state, no draft"
+    frames, rate, codec = decoded("cat.mp4")
+    assert len(frames) == 17 and frames[0].shape == (48, 64, 3) and rate == 24 and codec == "h264"
+    pipeline = Pipeline.load(weights["text-to-video"], ROWS["text-to-video"])
+    request = Request("a cat in a hat", num_steps=2, seed=3, seconds=0.7)
+    expected = pipeline(request, progress=False)
+    error = (torch.tensor(frames[8]).float() - expected[8].float()).abs().mean()
+    assert error < 25, "what was decoded, but for what H.264 loses of noise"
+
+
+@pytest.mark.parametrize(
+    ("task", "out", "shape"),
+    [
+        ("text-to-video", "out/deep/cat.gif", (48, 64)),
+        ("image-to-video", "cat.MP4", (48, 64)),
+        ("text-to-image", "cat.png", (48, 64)),
+        ("image-to-image", "cat.png", (48, 64)),
+    ],
+)
+def test_every_task_and_ending(nabla, tmp_path, task, out, shape):
+    image = ["--image", image_file(tmp_path / "in.png")] if task.startswith("image") else []
+    length = ["--seconds", "0.2"] if task.endswith("video") else []
+    status, printed = nabla("--out", out, "--steps", "1", *image, *length, task=task)
+    assert status == 0, printed
+    if out.lower().endswith(".mp4"):
+        frames, _, _ = decoded(out)
+        assert len(frames) == 5 and frames[0].shape == (*shape, 3)
+    else:
+        with Image.open(out) as picture:
+            assert picture.size == shape[::-1]
+            assert getattr(picture, "n_frames", 1) == (5 if length else 1)
+
+
+def test_the_layout_of_diffusers(nabla, tmp_path):
+    nabla("--out", "ours.mp4", "--steps", "1", "--seconds", "0.2")
+    folder = tiny.write_weights(tmp_path / "d", ROWS["text-to-video"], layout="diffusers")
+    status, printed = nabla("--out", "d.mp4", "--steps", "1", "--seconds", "0.2", folder=folder)
+    assert status == 0, printed
+    assert Path("d.mp4").read_bytes() == Path("ours.mp4").read_bytes()
+
+
+def test_the_file_is_named_after_the_prompt(nabla):
+    status, printed = nabla("--steps", "1", "--seconds", "0.2", "--seed", "7", prompt="A cat, ÖL!")
+    assert status == 0 and os.listdir("out") == ["a-cat-öl-7.mp4"]
+
+
+# --- interruptions -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_an_interrupted_run_resumed_writes_the_same_file(nabla, weights, tmp_path, end):
+    options = ["--steps", "5", "--seconds", "0.5", "--seed", "1", "--magcache"]
+    assert nabla("--out", "whole.mp4", *options)[0] == 0
+    tests = Path(__file__).parent
+    script = SCRIPT.format(tests=str(tests), root=str(tests.parent), step=3, signal=int(end))
+    ended = subprocess.run(
+        [sys.executable, "-c", script, "generate", "a cat in a hat", "--preset", "tiny",
+         "--weights", str(weights["text-to-video"]), "--out", "cat.mp4", *options],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    if end == signal.SIGINT:
+        assert ended.returncode == generate.INTERRUPTED, ended.stderr
+        assert "the same command goes on with cat.mp4.state.safetensors" in ended.stdout
+    else:
+        assert ended.returncode == -end
+    assert not Path("cat.mp4").exists()
+    with safe_open("cat.mp4.state.safetensors", framework="pt") as state:
+        assert state.metadata()["step"] == "3"
+    status, printed = nabla("--out", "cat.mp4", *options, "--seed", "2")
+    assert status == 1 and "other arguments (seed 1, now 2)" in printed
+    status, printed = nabla("--out", "cat.mp4", *options)
+    assert status == 0 and "goes on with cat.mp4.state.safetensors" in printed
+    assert Path("cat.mp4").read_bytes() == Path("whole.mp4").read_bytes()
+    assert sorted(os.listdir()) == ["cat.mp4", "whole.mp4"]
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "words"),
+    [
+        ("text-to-video", ["--size", "500x770"], "500x770 must be.*16.*nearest is 496x768"),
+        ("text-to-video", ["--size", "0x64"], "nearest is 16x64"),
+        ("text-to-video", ["--size", "64"], "--size '64' is not a height and a width"),
+        ("text-to-video", ["--seconds", "0"], "seconds 0.0 make no video"),
+        ("text-to-video", ["--seconds", "nan"], "seconds nan make no video"),
+        ("text-to-image", ["--seconds", "5"], "makes images"),
+        ("text-to-video", ["--steps", "0"], "num_steps 0"),
+        ("text-to-video", ["--guidance", "-1"], "guidance_scale -1"),
+        ("text-to-video", ["--shift", "0"], "shift 0"),
+        ("text-to-video", ["--seed", "-1"], "seed -1"),
+        ("text-to-video", ["--top-p", "0.5"], "top_p 0.5 is of NABLA"),
+        ("text-to-video", ["--attention", "nabla", "--top-p", "50"], "top_p 50.0 must be in"),
+        ("image-to-video", [], "image-to-video: it needs an image"),
+        ("image-to-image", [], "image-to-image: it needs an image"),
+        ("text-to-video", ["--image", "x.png"], "text-to-video: it takes no image"),
+        ("image-to-video", ["--image", "absent.png"], "image absent.png cannot be read"),
+        ("text-to-video", ["--out", "cat.avi"], "cat.avi must end in .mp4 or .gif"),
+        ("text-to-video", ["--out", "cat.png"], "cat.png must end in .mp4 or .gif"),
+        ("text-to-image", ["--out", "cat.mp4"], "cat.mp4 must end in .png"),
+        ("text-to-video", ["--out", "/proc/no/cat.mp4"], "/proc/no/cat.mp4 cannot be written"),
+        ("text-to-video", ["--out", "folder.mp4"], "folder.mp4 is a folder"),
+        ("text-to-video", ["--preset", "video-huge"], "'video-huge' is none of.*video-lite-5s"),
+        ("text-to-video", ["--weights", "nowhere"], "weights nowhere is no folder"),
+        ("text-to-video", ["--size", "65536x65536"], "GB"),
+        ("text-to-video", ["--device", "toaster"], "device 'toaster'"),
+        ("text-to-video", ["--device", "cuda:99"], "device 'cuda:99' is not there"),
+    ],
+)  # fmt: skip
+def test_refuses_before_any_work(nabla, monkeypatch, task, arguments, words):
+    monkeypatch.setattr(Pipeline, "__call__", None)
+    Path("folder.mp4").mkdir()
+    status, printed = nabla(*arguments, task=task)
+    assert status == 1 and "Traceback" not in printed
+    assert match(words, printed), printed
+    assert sorted(os.listdir()) in (["folder.mp4"], ["folder.mp4", "out"])
+    assert not Path("out").exists() or not os.listdir("out")
+
+
+def match(words, printed):
+    return re.search(words, printed, re.DOTALL)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_refuses_an_empty_prompt(nabla, prompt):
+    status, printed = nabla(prompt=prompt)
+    assert status == 1 and "is empty" in printed and os.listdir() == []
+
+
+def test_a_very_long_prompt_is_cut_off(nabla, caplog):
+    status, _ = nabla("--out", "cat.mp4", "--steps", "1", "--seconds", "0.2", prompt="cat " * 999)
+    assert status == 0 and "too long" in caplog.text
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def foreign(file):
+    save_file({"x": torch.ones(3)}, file)
+
+
+def pickled(file):
+    torch.save({"x": torch.ones(3)}, file)
+
+
+def one_less(file):
+    tensors = load_file(file)
+    tensors.popitem()
+    save_file(tensors, file)
+
+
+MODEL = "model/kandinsky5tiny_text-to-video.safetensors"
+QWEN = "text_encoder/model.safetensors"
+AUTOENCODER = "vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "words"),
+    [
+        (MODEL, truncated, "cannot be read as safetensors"),
+        (MODEL, foreign, "looks like no CrossDiT"),
+        (MODEL, pickled, "cannot be read as safetensors"),
+        (MODEL, one_less, "1 missing keys"),
+        (MODEL, Path.unlink, r"put kandinsky5tiny_text-to-video.safetensors"),
+        (QWEN, truncated, "text_encoder.*cannot be read as safetensors"),
+        (QWEN, one_less, "1 missing keys"),
+        (QWEN, foreign, "missing keys"),
+        (QWEN, Path.unlink, "text_encoder holds no .safetensors"),
+        ("text_encoder/config.json", Path.unlink, r"text encoder \(Qwen/Qwen2.5-VL-7B-Instruct\)"),
+        ("text_encoder/tokenizer.json", Path.unlink, "tokenizer"),
+        ("text_encoder2/config.json", Path.unlink, r"second text encoder \(openai/clip-vit-large"),
+        ("text_encoder2/model.safetensors", truncated, "text_encoder2.*cannot be read"),
+        ("vae/config.json", Path.unlink, r"video VAE \(hunyuanvideo-community"),
+        (AUTOENCODER, truncated, "vae.*cannot be read as safetensors"),
+        (AUTOENCODER, one_less, "1 missing keys"),
+        (AUTOENCODER, foreign, "1 unexpected keys"),
+    ],
+)
+def test_refuses_spoiled_weights(nabla, monkeypatch, weights, tmp_path, file, spoil, words):
+    monkeypatch.setattr("kandinsky_model.pipeline.euler", None)
+    folder = tmp_path / "spoiled"
+    shutil.copytree(weights["text-to-video"], folder)
+    spoil(folder / file)
+    status, printed = nabla("--out", "cat.mp4", folder=folder)
+    assert status == 1 and "Traceback" not in printed
+    assert match(words, printed), printed
+    assert os.listdir() == ["spoiled"], "no output, not even a half"
+
+
+def test_refuses_the_weights_of_another_preset(nabla, weights, tmp_path):
+    for task in ("image-to-video", "text-to-image"):
+        words = f"put kandinsky5tiny_{task}.safetensors"
+        image = ["--image", image_file(tmp_path / "in.png")] if task == "image-to-video" else []
+        status, printed = nabla(*image, task=task, folder=weights["text-to-video"])
+        assert status == 1 and match(words, printed), printed
+    folder = tmp_path / "renamed"
+    shutil.copytree(weights["text-to-image"], folder)
+    (folder / "model" / "kandinsky5tiny_text-to-image.safetensors").rename(folder / MODEL)
+    shutil.copytree(weights["text-to-video"] / "vae", folder / "vae")
+    status, printed = nabla(folder=folder)
+    assert status == 1 and "other shapes: visual_embeddings.in_layer.weight" in printed
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def test_the_plan_needs_no_weights(nabla):
+    status, printed = nabla("--plan", "--preset", "video-pro-10s-hd", folder="nowhere")
+    assert status == 0 and "768x1280" in printed and "GB" in printed
+
+
+def test_a_grid_too_large_for_memory_says_how_much_it_takes(nabla, monkeypatch):
+    monkeypatch.setattr(generate, "host_memory", lambda: 10**8)
+    status, printed = nabla("--out", "cat.mp4")
+    assert status == 1 and match(r"48x64 with 25 frames needs .* GB.* has 0.10 GB", printed)
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("shape", [(480, 640), (1000, 100), (512, 768), (33, 35)])
+def test_a_first_frame_keeps_its_shape(shape):
+    row = presets.PRESETS["image-video-lite-5s"]
+    job = Request("a", image=torch.zeros(*shape, 3, dtype=torch.uint8)).resolve(row)
+    height, width = job.size
+    assert job.image.shape == (height, width, 3) and height % 16 == width % 16 == 0
+    assert abs(height * width / (512 * 768) - 1) < 0.06
+    assert abs(height / width * shape[1] / shape[0] - 1) < 0.06
+
+
+def test_an_edit_takes_the_published_size_nearest_in_shape():
+    row = presets.PRESETS["image-to-image-lite"]
+    assert Request("a", image=Image.new("RGB", (1280, 720))).resolve(row).size == (768, 1280)
+    assert Request("a", image=Image.new("RGB", (500, 501))).resolve(row).size == (1024, 1024)
+
+
+def test_refuses_the_vae_of_images_for_a_video(nabla, weights, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(weights["text-to-video"], folder)
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(weights["text-to-image"] / "flux" / "vae", folder / "vae")
+    status, printed = nabla(folder=folder)
+    assert status == 1
+    assert "class AutoencoderKL, where AutoencoderKLHunyuanVideo is wanted" in printed
