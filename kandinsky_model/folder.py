@@ -34,10 +34,6 @@ class Parts:
     tokenizer_2: Path
     vae: Path
 
-    def fingerprint(self) -> list[list[str | int]]:
-        """Name and size of the files of the CrossDiT."""
-        return [[part.name, part.stat().st_size] for part in read_header(self.model).parts]
-
 
 def find_parts(folder: str | Path, preset: Preset) -> Parts:
     """Find the parts; an error names all that is missing, broken or of another preset.
@@ -87,6 +83,11 @@ def find_parts(folder: str | Path, preset: Preset) -> Parts:
         tokenizer_2=tokenizer_2 if tokenizer_2.is_dir() else text_encoder_2,
         vae=vae,
     )
+
+
+def fingerprint(checkpoint: str | Path) -> list[list[str | int]]:
+    """Name and size of the files of a checkpoint."""
+    return [[part.name, part.stat().st_size] for part in read_header(checkpoint).parts]
 
 
 def _check_vae(folder: Path, *, is_video: bool) -> None:

@@ -30,6 +30,8 @@ def run(
     out: Path | None = None,
     device: str | None = None,
     offload: bool = False,
+    lora: Path | None = None,
+    lora_scale: float = 1.0,
     variant: Variant = "original",
     plan_only: bool = False,
 ) -> Path | None:
@@ -42,6 +44,8 @@ def run(
         out: The file to write; None makes a name of the prompt and the seed.
         device: None takes CUDA where there is a device, else the CPU.
         offload: Keep parts on the device only while they work, also where all would fit.
+        lora: See `Pipeline.load`.
+        lora_scale: See `Pipeline.load`.
         variant: See `Pipeline.load`.
         plan_only: Print the memory plan and stop; needs no weights.
 
@@ -65,7 +69,9 @@ def run(
     mode: Mode = plan.mode or "stream"
     if offload and mode == "resident":
         mode = "offload"
-    pipeline = Pipeline.load(weights, preset, device=place, mode=mode, variant=variant)
+    pipeline = Pipeline.load(
+        weights, preset, device=place, mode=mode, lora=lora, lora_scale=lora_scale, variant=variant
+    )
     state = out.with_name(f"{out.name}.state.safetensors")
     height, width = job.size
     what = "image" if job.frames == 1 else f"{job.frames} frames"

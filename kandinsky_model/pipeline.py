@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from kandinsky_model import presets
-from kandinsky_model.checkpoint import load_checkpoint
-from kandinsky_model.folder import find_parts
+from kandinsky_model.checkpoint import load_checkpoint, read_header
+from kandinsky_model.folder import find_parts, fingerprint
+from kandinsky_model.lora import apply_lora, check_lora
 from kandinsky_model.magcache import MagCache
 from kandinsky_model.memory import Mode, streamed
 from kandinsky_model.model import CrossDiT
@@ -84,6 +86,7 @@ class Pipeline:
             layer by layer. "stream": so does the model, block by block.
         weights: What tells these weights from others, as a JSON value: an interrupted run goes on
             with the same ones only.
+        trigger: What goes before every prompt.
     """
 
     def __init__(
@@ -96,8 +99,10 @@ class Pipeline:
         device: torch.device | str = "cpu",
         mode: Mode = "resident",
         weights: Any = None,
+        trigger: str = "",
     ) -> None:
-        self.preset, self.device, self.weights = preset, torch.device(device), weights
+        self.preset, self.device = preset, torch.device(device)
+        self.weights, self.trigger = weights, trigger
         self._text_encoder = Part(load_text_encoder, self.device, mode)
         self._model = Part(load_model, self.device, mode)
         self._vae = Part(load_vae, self.device, mode)
@@ -110,6 +115,8 @@ class Pipeline:
         *,
         device: torch.device | str | None = None,
         mode: Mode = "resident",
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
         variant: Variant = "original",
     ) -> "Pipeline":
         """A pipeline on the weights in a folder.
@@ -121,6 +128,8 @@ class Pipeline:
             preset: One of `PRESETS`, or its name.
             device: None takes CUDA where there is a device, else the CPU.
             mode: See `Pipeline`.
+            lora: An adapter for the model; its trigger words go before every prompt.
+            lora_scale: Its strength.
             variant: Whose prompt templates, see `TextEncoder`.
         """
         preset = presets.preset(preset) if isinstance(preset, str) else preset
@@ -130,6 +139,12 @@ class Pipeline:
         dtype = torch.float32 if device.type == "cpu" else dtype
         vae = VAE.load(parts.vae, is_video=preset.is_video, dtype=dtype)
         require("transformers")
+        weights: list[Any]
+        weights, trigger = [variant, *fingerprint(parts.model)], ""
+        if lora is not None:
+            check_lora(lora, preset.model)
+            weights += [*fingerprint(lora), lora_scale]
+            trigger = _trigger(lora)
 
         def load_text_encoder() -> TextEncoder:
             return TextEncoder.load(
@@ -143,7 +158,10 @@ class Pipeline:
 
         def load_model() -> CrossDiT:
             target = device if mode == "resident" else "cpu"
-            return load_checkpoint(parts.model, config=preset.model, device=target)
+            model = load_checkpoint(parts.model, config=preset.model, device=target)
+            if lora is not None:
+                apply_lora(model, lora, scale=lora_scale)
+            return model
 
         return cls(
             preset,
@@ -152,7 +170,8 @@ class Pipeline:
             lambda: vae,
             device=device,
             mode=mode,
-            weights=[variant, *parts.fingerprint()],
+            weights=weights,
+            trigger=trigger,
         )
 
     def __call__(
@@ -217,7 +236,7 @@ class Pipeline:
         content = CONTENT[job.preset.task]
         source = job.image if content == "image-edit" else None
         with self._text_encoder.at_work() as encoder:
-            text, pooled = encoder(job.prompt, content, source)
+            text, pooled = encoder(self.trigger + job.prompt, content, source)
             inputs = {"text": text, "pooled": pooled}
             if job.is_guided:
                 text, pooled = encoder(job.negative_prompt, content, source)
@@ -275,6 +294,12 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
             "devices; see nabla info"
         )
     return device
+
+
+def _trigger(lora: str | Path) -> str:
+    """The words that the authors of an adapter want before every prompt."""
+    with safe_open(read_header(lora).path, framework="pt") as file:
+        return (file.metadata() or {}).get("trigger", "")
 
 
 def normalize_first_frames(latents: Tensor) -> Tensor:

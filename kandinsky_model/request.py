@@ -6,6 +6,7 @@ latents [1, T', height / 8, width / 8, 16];   height and width are multiples of 
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,8 +60,7 @@ class Request:
 
     def resolve(self, preset: Preset) -> "Job":
         """Check everything, and fill in what the preset says."""
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ValueError(f"prompt {self.prompt!r} is empty: say in words what to show")
+        self._check_prompt()
         image = self._image(preset)
         height, width = self._size(preset, image)
         num_steps = preset.num_steps if self.num_steps is None else self.num_steps
@@ -93,6 +93,17 @@ class Request:
             attention=self._attention(preset),
             schedule=self._schedule(preset, num_steps, guidance),
         )
+
+    def _check_prompt(self) -> None:
+        for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"{name} {text!r} must be one text: one request, one result")
+            if command := re.search(r"<\|\w+\|>", text or ""):
+                raise ValueError(
+                    f"{name} holds {command[0]}, which Qwen2.5-VL does not read as words"
+                )
+        if not self.prompt.strip():
+            raise ValueError(f"prompt {self.prompt!r} is empty: say in words what to show")
 
     def _image(self, preset: Preset) -> Tensor | None:
         takes_image = preset.task.startswith("image")

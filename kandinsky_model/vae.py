@@ -88,7 +88,7 @@ class VAE(nn.Module):
             finally:
                 hook.remove()
         pixels = pixels if self.is_video else pixels[:, :, None]
-        pixels = ((pixels[0].float().clamp(-1.0, 1.0) + 1.0) * 127.5).to(torch.uint8)
+        pixels = pixels[0].float().clamp_(-1.0, 1.0).add_(1.0).mul_(127.5).to(torch.uint8)
         return pixels.permute(1, 2, 3, 0).cpu().contiguous()
 
     def tiles(self, frames: int, height: int, width: int) -> int:

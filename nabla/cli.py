@@ -151,6 +151,8 @@ def generate(
     attention: Annotated[Literal["nabla", "dense"] | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option(help="Mass that NABLA keeps, in (0, 1].")] = None,
     magcache: Annotated[bool, typer.Option(help="Leave out calls that hardly differ.")] = False,
+    lora: Annotated[Path | None, typer.Option(help="A LoRA adapter of the model.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="Its strength.")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; else CUDA if any.")] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep each part on the device only while it works.")
@@ -194,6 +196,8 @@ def generate(
         out=out,
         device=device,
         offload=offload,
+        lora=lora,
+        lora_scale=lora_scale,
         variant=templates,
         plan_only=plan,
     )
