@@ -3,6 +3,7 @@
 Beside the file lies <file>.state.safetensors until it is done: the same command goes on from there.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -128,6 +129,19 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"--size {text!r} is not a height and a width such as 512x768")
     return int(match[1]), int(match[2])
+
+
+def parse_magcache(text: str) -> bool | list[float]:
+    """The word "preset", or the magnitudes in a JSON file."""
+    if text == "preset":
+        return True
+    try:
+        values = json.loads(Path(text).read_text())
+        return [float(value) for value in values]
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--magcache {text!r} is neither 'preset' nor a JSON file of numbers: {error}"
+        ) from error
 
 
 def check_writable(path: Path) -> None:

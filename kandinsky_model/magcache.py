@@ -7,6 +7,7 @@ there     blocks(x_i) is taken as x_i + the residual of the last call that was c
 The ratios come with the preset, so what is left out is known before the first call.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -29,15 +30,15 @@ def skip_schedule(magnitudes: Sequence[float], num_steps: int, *, branches: int 
     Returns:
         [num_steps][branches], true where the visual blocks are left out.
     """
-    if len(magnitudes) % 2:
-        raise ValueError(f"magnitudes has {len(magnitudes)} entries, which is odd: two per step")
+    if len(magnitudes) % 2 or not all(map(math.isfinite, magnitudes)):
+        raise ValueError(f"magnitudes {list(magnitudes)} must be two finite numbers a step")
     schedule = [[False] * branches for _ in range(num_steps)]
     first = int(2 * num_steps * RETENTION)
     for branch in range(branches):
         ratios = _nearest([1.0, *magnitudes[branch::2]], num_steps)
         error, ratio, skips = 0.0, 1.0, 0
         for step in range(num_steps):
-            if 2 * step + branch < first:
+            if 2 * step + branch < first or step == 0:  # there is no residual before the first
                 continue
             ratio *= ratios[step]
             error += abs(1.0 - ratio)

@@ -7,6 +7,7 @@ latents [1, T', height / 8, width / 8, 16];   height and width are multiples of 
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +43,8 @@ class Request:
         seed: Of the noise; the same on every device.
         attention: "nabla", "dense", or how visual tokens attend to each other.
         top_p: Attention mass that NABLA keeps.
-        magcache: Whether to leave out model calls that hardly differ from the one before.
+        magcache: Whether to leave out model calls that hardly differ from the one before, by the
+            preset's magnitudes; or other magnitudes, see `magcache.skip_schedule`.
     """
 
     prompt: str
@@ -56,7 +58,7 @@ class Request:
     seed: int = 0
     attention: Literal["nabla", "dense"] | VisualAttention | None = None
     top_p: float | None = None
-    magcache: bool = False
+    magcache: bool | Sequence[float] = False
 
     def resolve(self, preset: Preset) -> "Job":
         """Check everything, and fill in what the preset says."""
@@ -168,12 +170,13 @@ class Request:
         return NablaAttention(top_p, WINDOW if model.top_p is None else model.window)
 
     def _schedule(self, preset: Preset, num_steps: int, guidance_scale: float) -> Schedule | None:
-        if not self.magcache:
+        if self.magcache is False:
             return None
-        if preset.magnitudes is None:
-            raise ValueError(f"preset {preset.name} has no magnitudes: magcache cannot be used")
+        magnitudes = preset.magnitudes if self.magcache is True else self.magcache
+        if magnitudes is None:
+            raise ValueError(f"preset {preset.name} has no magnitudes: pass some as magcache")
         branches = 1 if guidance_scale == 1.0 else 2
-        return skip_schedule(preset.magnitudes, num_steps, branches=branches)
+        return skip_schedule(magnitudes, num_steps, branches=branches)
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,7 @@ class Job:
             "shift": self.shift,
             "seed": self.seed,
             "attention": repr(self.attention),
-            "magcache": self.schedule is not None,
+            "magcache": None if self.schedule is None else str(self.schedule),
         }
 
 

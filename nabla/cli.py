@@ -150,7 +150,10 @@ def generate(
     out: Annotated[Path | None, typer.Option(help="The .mp4, .gif or .png to write.")] = None,
     attention: Annotated[Literal["nabla", "dense"] | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option(help="Mass that NABLA keeps, in (0, 1].")] = None,
-    magcache: Annotated[bool, typer.Option(help="Leave out calls that hardly differ.")] = False,
+    magcache: Annotated[
+        str | None,
+        typer.Option(help="Leave out calls that hardly differ: by 'preset' or by a JSON file."),
+    ] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA adapter of the model.")] = None,
     lora_scale: Annotated[float, typer.Option(help="Its strength.")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; else CUDA if any.")] = None,
@@ -169,7 +172,7 @@ def generate(
     What an option leaves open is the preset's. Interrupted, the same command goes on where it was.
     """
     try:
-        from kandinsky_model.generate import parse_size, run
+        from kandinsky_model.generate import parse_magcache, parse_size, run
         from kandinsky_model.request import Request
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
@@ -187,7 +190,7 @@ def generate(
         seed=seed,
         attention=attention,
         top_p=top_p,
-        magcache=magcache,
+        magcache=False if magcache is None else parse_magcache(magcache),
     )
     run(
         request,

@@ -139,12 +139,43 @@ def test_the_file_is_named_after_the_prompt(nabla):
     assert status == 0 and os.listdir("out") == ["a-cat-öl-7.mp4"]
 
 
+def test_adapters_and_other_magnitudes(nabla, tmp_path):
+    options = ["--out", "cat.mp4", "--steps", "4", "--seconds", "0.2"]
+    layer = "visual_transformer_blocks.0.feed_forward.in_layer"
+    dim = tiny.CONFIG.model_dim
+    adapter = {
+        f"{layer}.lora_A.weight": torch.randn(2, dim),
+        f"{layer}.lora_B.weight": torch.randn(tiny.CONFIG.ff_dim, 2),
+    }
+    save_file(adapter, "lora.safetensors", {"trigger": "tiny style, "})
+    Path("ratios.json").write_text("[" + ", ".join(["1.0"] * 6) + "]")
+    files = {}
+    for name, more in {
+        "plain": [], "lora": ["--lora", "lora.safetensors"],
+        "half": ["--lora", "lora.safetensors", "--lora-scale", "0.5"],
+        "none": ["--lora", "lora.safetensors", "--lora-scale", "0"],
+        "magcache": ["--magcache", "ratios.json"],
+    }.items():  # fmt: skip
+        status, printed = nabla(*options, *more)
+        assert status == 0, printed
+        files[name] = Path("cat.mp4").read_bytes()
+    assert len(set(files.values())) == 5, (
+        "at scale 0 there is still the trigger"
+    )
+    assert nabla(*options, prompt="tiny style, a cat in a hat")[0] == 0
+    assert Path("cat.mp4").read_bytes() == files["none"]
+    save_file({"blocks.0.lora_A.weight": torch.ones(2, 3)}, "lora.safetensors")
+    Path("cat.mp4").unlink()
+    status, printed = nabla(*options, "--lora", "lora.safetensors")
+    assert status == 1 and "does not fit as a LoRA" in printed and not Path("cat.mp4").exists()
+
+
 # --- interruptions -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
 def test_an_interrupted_run_resumed_writes_the_same_file(nabla, weights, tmp_path, end):
-    options = ["--steps", "5", "--seconds", "0.5", "--seed", "1", "--magcache"]
+    options = ["--steps", "5", "--seconds", "0.5", "--seed", "1", "--magcache", "preset"]
     assert nabla("--out", "whole.mp4", *options)[0] == 0
     tests = Path(__file__).parent
     script = SCRIPT.format(tests=str(tests), root=str(tests.parent), step=3, signal=int(end))
@@ -200,6 +231,8 @@ def test_an_interrupted_run_resumed_writes_the_same_file(nabla, weights, tmp_pat
         ("text-to-video", ["--weights", "nowhere"], "weights nowhere is no folder"),
         ("text-to-video", ["--size", "65536x65536"], "GB"),
         ("text-to-video", ["--device", "toaster"], "device 'toaster'"),
+        ("text-to-video", ["--magcache", "yes"], "--magcache 'yes' is neither"),
+        ("text-to-video", ["--lora", "absent.safetensors"], "absent.safetensors does not exist"),
         ("text-to-video", ["--device", "cuda:99"], "device 'cuda:99' is not there"),
     ],
 )  # fmt: skip
@@ -217,10 +250,15 @@ def match(words, printed):
     return re.search(words, printed, re.DOTALL)
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n"])
-def test_refuses_an_empty_prompt(nabla, prompt):
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [("", "is empty"), ("  \n", "is empty"), ("a <|image_pad|>", "holds <|image_pad|>")],
+)
+def test_refuses_prompts_without_words_or_with_commands(nabla, prompt, words):
     status, printed = nabla(prompt=prompt)
-    assert status == 1 and "is empty" in printed and os.listdir() == []
+    assert status == 1 and words in printed and os.listdir() == []
+    with pytest.raises(ValueError, match="must be one text"):
+        Request([prompt, prompt]).resolve(ROWS["text-to-video"])
 
 
 def test_a_very_long_prompt_is_cut_off(nabla, caplog):

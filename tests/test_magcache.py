@@ -9,7 +9,11 @@ from kandinsky_model.presets import PRESETS
 
 
 def upstream(magnitudes, num_steps, *, guided):
-    """Upstream's decisions, one model call after the other: call 2 i + b is branch b of step i."""
+    """Upstream's decisions, one model call after the other: call 2 i + b is branch b of step i.
+
+    In the first step, where it has no residual to add, it may decide to leave out a call of a run
+    of few steps; that it never does here.
+    """
     ratios = [1.0, 1.0, *magnitudes]
     total = 2 * num_steps
     if len(ratios) != total:
@@ -21,7 +25,7 @@ def upstream(magnitudes, num_steps, *, guided):
     ratio, error, steps, skipped = [1.0, 1.0], [0.0, 0.0], [0, 0], []
     for call in range(0, total, 1 if guided else 2):
         branch, skip = call % 2, False
-        if call >= int(total * 0.2):
+        if call >= max(2, int(total * 0.2)):
             ratio[branch] *= ratios[call]
             steps[branch] += 1
             error[branch] += abs(1 - ratio[branch])
@@ -73,5 +77,5 @@ def test_published_magnitudes_give_a_schedule():
 
 
 def test_magnitudes_come_in_pairs():
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(ValueError, match="two finite numbers"):
         skip_schedule([1.0, 1.0, 1.0], 4)
