@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -159,15 +160,24 @@ def test_adapters_and_other_magnitudes(nabla, tmp_path):
         status, printed = nabla(*options, *more)
         assert status == 0, printed
         files[name] = Path("cat.mp4").read_bytes()
-    assert len(set(files.values())) == 5, (
-        "at scale 0 there is still the trigger"
-    )
+    assert len(set(files.values())) == 5, "at scale 0 there is still the trigger"
     assert nabla(*options, prompt="tiny style, a cat in a hat")[0] == 0
     assert Path("cat.mp4").read_bytes() == files["none"]
     save_file({"blocks.0.lora_A.weight": torch.ones(2, 3)}, "lora.safetensors")
     Path("cat.mp4").unlink()
     status, printed = nabla(*options, "--lora", "lora.safetensors")
     assert status == 1 and "does not fit as a LoRA" in printed and not Path("cat.mp4").exists()
+
+
+def test_the_readme(monkeypatch, tmp_path, weights):
+    monkeypatch.chdir(tmp_path)
+    Path("weights").symlink_to(weights["text-to-video"])
+    row = ROWS["text-to-video"]
+    monkeypatch.setitem(presets.PRESETS, "video-lite-10s", replace(row, num_steps=1))
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"^```py\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    exec(code, {})
+    assert len(decoded("cat.mp4")[0]) == row.frames
 
 
 # --- interruptions -----------------------------------------------------------------------------
