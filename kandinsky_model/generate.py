@@ -66,13 +66,13 @@ def run(
     check_memory(plan, place)
     out = out or default_path(job)
     check_suffix(out, is_video=preset.is_video)
-    check_writable(out)
     mode: Mode = plan.mode or "stream"
     if offload and mode == "resident":
         mode = "offload"
     pipeline = Pipeline.load(
         weights, preset, device=place, mode=mode, lora=lora, lora_scale=lora_scale, variant=variant
     )
+    check_writable(out)
     state = out.with_name(f"{out.name}.state.safetensors")
     height, width = job.size
     what = "image" if job.frames == 1 else f"{job.frames} frames"

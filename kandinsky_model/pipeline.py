@@ -31,7 +31,7 @@ from kandinsky_model.pretrained import require
 from kandinsky_model.request import Job, Request
 from kandinsky_model.sampler import Callback, euler, guided_velocity, timesteps
 from kandinsky_model.state import load_state, save_state
-from kandinsky_model.text import CONTENT, TextEncoder, Variant
+from kandinsky_model.text import CONTENT, Text, TextEncoder, Variant
 from kandinsky_model.vae import VAE
 
 P = TypeVar("P", TextEncoder, CrossDiT, VAE)
@@ -223,9 +223,7 @@ class Pipeline:
 
         if found is None:
             keep(0, inputs["latents"])
-        latents = inputs["latents"].to(self.device)
-        if done < job.num_steps:
-            latents = self._sample(job, inputs, done, keep, progress=progress)
+        latents = self._sample(job, inputs, done, keep, progress=progress)
         if "first_frame" in inputs:
             latents = torch.cat([inputs["first_frame"].to(latents), latents[:, 1:]], dim=1)
             latents = normalize_first_frames(latents)
@@ -253,19 +251,18 @@ class Pipeline:
     def _sample(
         self, job: Job, inputs: Inputs, done: int, callback: Callback, *, progress: bool
     ) -> Tensor:
+        if done == job.num_steps:
+            return inputs["latents"].to(self.device)
         with self._model.at_work() as model:
-            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            text, pooled = inputs["text"].to(model.dtype), inputs["pooled"].to(model.dtype)
-            null_text = None
-            if job.is_guided:
-                null_text = (
-                    inputs["null_text"].to(model.dtype),
-                    inputs["null_pooled"].to(model.dtype),
-                )
+
+            def features(text: str, pooled: str) -> Text:
+                here = {"device": self.device, "dtype": model.dtype}
+                return inputs[text].to(**here), inputs[pooled].to(**here)
+
             velocity = guided_velocity(
                 model,
-                (text, pooled),
-                null_text=null_text,
+                features("text", "pooled"),
+                null_text=features("null_text", "null_pooled") if job.is_guided else None,
                 guidance_scale=job.guidance_scale,
                 first_frame=inputs.get("first_frame"),
                 source=inputs.get("source"),
@@ -274,7 +271,7 @@ class Pipeline:
             )
             return euler(
                 velocity,
-                inputs["latents"],
+                inputs["latents"].to(self.device),
                 timesteps(job.num_steps, shift=job.shift).to(self.device),
                 start=done,
                 callback=callback,

@@ -74,6 +74,10 @@ class Request:
             raise ValueError(f"guidance_scale {guidance} must be a number from 0; 1 is no guidance")
         if not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"shift {shift} must be a positive number")
+        if guidance == 1.0 and self.negative_prompt is not None:
+            raise ValueError(
+                "negative_prompt is not read at guidance_scale 1: leave one of them out"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be from 0 to 2^63 - 1")
         content = CONTENT[preset.task]

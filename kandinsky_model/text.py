@@ -26,7 +26,10 @@ Variant = Literal["original", "diffusers"]
 CLIP_TOKENS = 77
 IMAGE_TOKEN = "<|image_pad|>"
 # What a whole CLIP has beside its text model.
-_CLIP_UNUSED = ("vision_model", "visual_projection", "text_projection", "logit_scale")
+_CLIP_UNUSED = (
+    "vision_model", "visual_projection", "text_projection", "logit_scale",
+    "embeddings.position_ids", "text_model.embeddings.position_ids",
+)  # fmt: skip
 # What upstream guides away from.
 NEGATIVE_PROMPTS: dict[Content, str] = {
     "video": "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, "

@@ -225,6 +225,7 @@ def test_an_interrupted_run_resumed_writes_the_same_file(nabla, weights, tmp_pat
         ("text-to-video", ["--steps", "0"], "num_steps 0"),
         ("text-to-video", ["--guidance", "-1"], "guidance_scale -1"),
         ("text-to-video", ["--shift", "0"], "shift 0"),
+        ("text-to-video", ["--guidance", "1", "--negative", "red"], "negative_prompt is not read"),
         ("text-to-video", ["--seed", "-1"], "seed -1"),
         ("text-to-video", ["--top-p", "0.5"], "top_p 0.5 is of NABLA"),
         ("text-to-video", ["--attention", "nabla", "--top-p", "50"], "top_p 50.0 must be in"),
