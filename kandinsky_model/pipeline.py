@@ -256,8 +256,8 @@ class Pipeline:
         with self._model.at_work() as model:
 
             def features(text: str, pooled: str) -> Text:
-                here = {"device": self.device, "dtype": model.dtype}
-                return inputs[text].to(**here), inputs[pooled].to(**here)
+                device, dtype = self.device, model.dtype
+                return inputs[text].to(device, dtype), inputs[pooled].to(device, dtype)
 
             velocity = guided_velocity(
                 model,

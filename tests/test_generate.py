@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kandinsky_model import generate, presets
+from kandinsky_model import DenseAttention, NablaAttention, generate, presets
 from kandinsky_model.pipeline import Pipeline
 from kandinsky_model.request import Request
 from nabla.cli import main
@@ -386,3 +386,17 @@ def test_refuses_the_vae_of_images_for_a_video(nabla, weights, tmp_path):
     status, printed = nabla(folder=folder)
     assert status == 1
     assert "class AutoencoderKL, where AutoencoderKLHunyuanVideo is wanted" in printed
+
+
+@pytest.mark.parametrize("name", list(presets.PRESETS))
+def test_every_preset_can_be_asked_for(name):
+    row = presets.PRESETS[name]
+    takes_image = row.task.startswith("image")
+    image = torch.zeros(*row.size, 3, dtype=torch.uint8) if takes_image else None
+    job = Request("a cat", image=image, size=row.size).resolve(row)
+    assert (job.size, job.frames) == (row.size, row.frames)
+    published = row.num_steps, row.guidance_scale, row.shift
+    assert (job.num_steps, job.guidance_scale, job.shift) == published
+    sparse = row.model.top_p and NablaAttention(row.model.top_p, row.model.window)
+    assert job.attention == (sparse or DenseAttention())
+    assert job.is_guided == (row.guidance_scale != 1)
