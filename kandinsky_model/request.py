@@ -92,7 +92,7 @@ class Request:
                 height // PIXELS_PER_LATENT,
                 width // PIXELS_PER_LATENT,
             ),
-            num_steps=num_steps,
+            num_steps=int(num_steps),
             guidance_scale=float(guidance),
             shift=float(shift),
             seed=self.seed,
@@ -120,6 +120,10 @@ class Request:
         if not takes_image:
             raise ValueError(f"preset {preset.name} is {preset.task}: it takes no image")
         if isinstance(self.image, Tensor):
+            if self.image.dtype != torch.uint8 or self.image.shape[2:] != (3,):
+                raise ValueError(
+                    f"image {self.image.dtype} {list(self.image.shape)} must be uint8 [H, W, 3]"
+                )
             return self.image
         if isinstance(self.image, Image.Image):
             return torch.from_numpy(np.array(self.image.convert("RGB")))

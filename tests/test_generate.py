@@ -359,7 +359,20 @@ def test_a_grid_too_large_for_memory_says_how_much_it_takes(nabla, monkeypatch):
     monkeypatch.setattr(generate, "host_memory", lambda: 10**8)
     status, printed = nabla("--out", "cat.mp4")
     assert status == 1 and match(r"48x64 with 25 frames needs .* GB.* has 0.10 GB", printed)
+    monkeypatch.setattr(generate, "device_memory", lambda device: 2 * 10**9)  # as if it were CUDA
+    status, printed = nabla("--out", "cat.mp4")
+    assert status == 1 and match(r"48x64 with 25 frames needs .* GB .* there are 2.00 GB", printed)
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "options", "mode"),
+    [(999, [], "resident"), (999, ["--offload"], "offload"), (14, [], "offload")],
+)
+def test_what_fits_decides_where_parts_are(nabla, monkeypatch, gigabytes, options, mode):
+    monkeypatch.setattr(generate, "device_memory", lambda device: gigabytes * 10**9)
+    status, printed = nabla("--out", "x.mp4", "--steps", "1", "--seconds", "0.2", *options)
+    assert status == 0 and f"cpu ({mode})" in printed
 
 
 @pytest.mark.parametrize("shape", [(480, 640), (1000, 100), (512, 768), (33, 35)])

@@ -1,5 +1,6 @@
 """Whole pipelines against those of diffusers on the same components, and resuming."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from test_model import diffusers_model
 
 from kandinsky_model import NablaAttention
-from kandinsky_model.pipeline import Pipeline, normalize_first_frames
+from kandinsky_model.pipeline import Part, Pipeline, normalize_first_frames
 from kandinsky_model.request import Request
 from kandinsky_model.text import IMAGE_TOKEN
 
@@ -336,3 +337,39 @@ def test_offload_and_low_precision(encoder):
     pipeline = Pipeline(row, lambda: encoder, lambda: low, lambda: tiny.vae(row))
     actual = pipeline.latents(request, progress=False)
     assert actual.dtype == torch.float32 and 0 < relative_error(actual, expected) < 0.1
+
+
+@pytest.mark.parametrize("mode", ["resident", "offload", "stream"])
+def test_how_parts_get_to_a_device(encoder, monkeypatch, mode):
+    row, moved, streams = tiny.preset(), [], []
+
+    @contextmanager
+    def streamed(module, device, blocks):
+        streams.append((module, device, blocks))
+        yield module
+
+    monkeypatch.setattr("kandinsky_model.pipeline.streamed", streamed)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append(self) or self)
+    model, autoencoder = tiny.cross_dit(row.model), tiny.vae(row)
+    cuda = torch.device("cuda")
+    for module in (encoder, model, autoencoder):
+        part = Part(lambda module=module: module, cuda, mode)
+        for _ in range(2):
+            with part.at_work() as there:
+                assert there is module
+    if mode == "resident":
+        assert moved == [encoder, encoder, model, model, autoencoder, autoencoder] and not streams
+        return
+    assert not moved and {device for _, device, _ in streams} == {cuda}
+    modules, blocks = [module for module, _, _ in streams], [blocks for _, _, blocks in streams]
+    assert modules == [encoder, encoder, model, model, autoencoder, autoencoder]
+    of_model = None if mode == "stream" else ()  # None: block by block
+    assert blocks == [encoder.blocks] * 2 + [of_model] * 2 + [()] * 2
+
+
+@pytest.mark.parametrize(
+    "image", [torch.zeros(8, 8, 3), torch.zeros(3, 8, 8).byte(), torch.zeros(8, 8).byte()]
+)
+def test_images_that_are_none(image):
+    with pytest.raises(ValueError, match=r"must be uint8 \[H, W, 3\]"):
+        Request("a", image=image).resolve(tiny.preset("image-to-video"))
