@@ -175,7 +175,8 @@ def test_the_readme(monkeypatch, tmp_path, weights):
     row = ROWS["text-to-video"]
     monkeypatch.setitem(presets.PRESETS, "video-lite-10s", replace(row, num_steps=1))
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (code,) = re.findall(r"^```py\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```py\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if "Pipeline.load" in block]
     exec(code, {})
     assert len(decoded("cat.mp4")[0]) == row.frames
 
