@@ -114,6 +114,41 @@ class BlockMask:
         order = self.to_dense().to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
         return self._counts(), order.to(torch.int32)
 
+    @classmethod
+    def from_indices(
+        cls,
+        counts: Tensor,
+        indices: Tensor,
+        *,
+        grid: TokenGrid | Sequence[int],
+        q_block_offset: int = 0,
+    ) -> BlockMask:
+        """Make a mask of lists: the inverse of `indices`.
+
+        Args:
+            counts: How many blocks each row keeps, integers [B, H, Nq].
+            indices: The key blocks of each row, integers [B, H, Nq, n]: first those it keeps, each
+                once and in any order. The others are not read.
+            grid: The grid of the tokens, or its (frames, height, width).
+            q_block_offset: The query block that is row 0.
+
+        Raises:
+            ValueError: If the lists are longer than the grid has blocks, or do not fit it.
+        """
+        grid = as_grid(grid)
+        num = grid.num_blocks
+        if indices.shape[:-1] != counts.shape or indices.shape[-1] > num:
+            raise ValueError(
+                f"indices has shape {list(indices.shape)} and counts {list(counts.shape)}, but "
+                f"{grid} has {num} blocks: give lists [B, H, Nq, n] with n at most {num}, and "
+                "their lengths [B, H, Nq]"
+            )
+        listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+        columns = torch.where(listed, indices, num).long()  # unlisted ones: a spare column
+        keep = torch.zeros(*counts.shape, num + 1, dtype=torch.bool, device=counts.device)
+        keep = keep.scatter(-1, columns, True)[..., :num]
+        return cls.from_dense(keep, grid=grid, q_block_offset=q_block_offset)
+
     def transpose(self) -> BlockMask:
         """Return the mask whose rows are the key blocks: which query blocks attend to each.
 
@@ -188,26 +223,24 @@ class BlockMask:
                 "have "
                 f"{'up to ' if grid.is_ragged else ''}{grid.block_size} tokens: give its own grid"
             )
-        if mask.full_kv_num_blocks is None or mask.kv_num_blocks.any():
-            raise ValueError(
-                "the flex mask has partial blocks, whose tokens mask_mod decides: "
-                "only masks of whole blocks can be converted"
-            )
+        partial = mask.kv_num_blocks.any()
+        message = (
+            "the flex mask has partial blocks, whose tokens mask_mod decides: "
+            "only masks of whole blocks can be converted"
+        )
+        if torch.compiler.is_compiling():  # values are not known yet: checked when the graph runs
+            torch._assert_async(~partial, message)
+        elif partial:
+            raise ValueError(message)
+        if mask.full_kv_num_blocks is None:
+            raise ValueError(message)
         counts, indices = mask.full_kv_num_blocks, mask.full_kv_indices
         if indices.shape[-1] != grid.num_blocks:
             raise ValueError(
                 f"the flex mask lists {indices.shape[-1]} key blocks, but {grid} has "
                 f"{grid.num_blocks}: give its own grid"
             )
-        listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-        keep = torch.zeros(
-            *counts.shape, grid.num_blocks + 1, dtype=torch.bool, device=counts.device
-        )
-        columns = torch.where(
-            listed, indices, grid.num_blocks
-        ).long()  # unlisted ones: a spare column
-        keep = keep.scatter(-1, columns, True)[..., : grid.num_blocks]
-        return cls.from_dense(keep, grid=grid, q_block_offset=q_block_offset)
+        return cls.from_indices(counts, indices, grid=grid, q_block_offset=q_block_offset)
 
     def _counts(self) -> Tensor:
         """Kept blocks of each row: int32 [B, H, Nq]."""

@@ -67,7 +67,7 @@ def check_top_p(
 def _check_probability(top_p: float) -> None:
     if not isinstance(top_p, numbers.Real):
         raise ValueError(f"top_p={top_p!r} is not a number: give the attention mass to keep")
-    if math.isnan(top_p) or not 0 < top_p <= 1:
+    if not 0 < top_p <= 1:  # so is NaN; math.isnan cannot be traced
         remedy = "give the attention mass to keep, in (0, 1]"
         if 1 < top_p <= 100:
             remedy = f"it looks like a percentage; {remedy}, here {top_p / 100:g}"

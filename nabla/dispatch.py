@@ -110,6 +110,14 @@ def backends() -> dict[str, BackendStatus]:
     return {name: BackendStatus(why is None, why or "available") for name, why in reasons.items()}
 
 
+def check_backend(backend: str) -> None:
+    """Raise a ValueError if `backend` is neither "auto" nor the name of a backend."""
+    if backend != "auto" and backend not in (known := [b.name for b in BACKENDS]):
+        raise ValueError(
+            f"backend={backend!r} is unknown: give 'auto' or one of {', '.join(known)}"
+        )
+
+
 def resolve(
     backend: str, *, device: str, head_dim: int | None, dtype: torch.dtype, block_size: int
 ) -> str:
@@ -125,10 +133,7 @@ def resolve(
     Raises:
         ValueError: If the backend, or for "auto" every backend, cannot run this; says why, of each.
     """
-    if backend != "auto" and backend not in (known := [b.name for b in BACKENDS]):
-        raise ValueError(
-            f"backend={backend!r} is unknown: give 'auto' or one of {', '.join(known)}"
-        )
+    check_backend(backend)
     refusals = []
     for candidate in BACKENDS:
         if backend in ("auto", candidate.name):
