@@ -49,6 +49,7 @@ print([torch.cuda.is_initialized(), sorted(set(sys.modules) - before), files])
     initialized, modules, files = ast.literal_eval(python("-c", code).stdout)
     assert not initialized
     optional = ("triton", "nabla.cpu", "nabla.triton", "nabla.cuda", "typer", "rich", "matplotlib")
+    optional += ("nabla.integrations", "diffusers", "transformers")
     assert not [name for name in modules if name.startswith(optional)]
     assert files and all(file.endswith(".py") for file in files)
 
@@ -119,7 +120,9 @@ def code_blocks(language: str) -> list[str]:
     return [code for fence, code in fences if fence == language]
 
 
-@pytest.mark.parametrize("code", code_blocks("python"), ids=["drop_in", "stages", "presets"])
+@pytest.mark.parametrize(
+    "code", code_blocks("python"), ids=["drop_in", "stages", "diffusers", "presets"]
+)
 def test_readme_runs(code, tmp_path):
     python("-c", code, cwd=tmp_path)
 
