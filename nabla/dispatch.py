@@ -8,6 +8,8 @@ is used or refused, never replaced.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -57,6 +59,13 @@ class Backend:
         return None
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a device has; a CPU counts as one."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _never() -> None:
     return None
 
@@ -67,6 +76,31 @@ def _cpu_unavailable() -> str | None:
     return cpu.unavailable_reason()
 
 
+def is_interpreted() -> bool:
+    """Return whether Triton's kernels run in its interpreter: on any machine, and on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def architecture(device: torch.device) -> int | None:
+    """Return the compute capability of a device, such as 90; None for a CPU."""
+    if device.type == "cpu":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _triton_unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if is_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    if (architecture(torch.device("cuda")) or 0) < 80:
+        return "the CUDA device is older than sm_80"
+    return None
+
+
 def _not_in_this_version(kernels: str) -> Callable[[], str]:
     return lambda: f"this version of nabla has no {kernels} kernels"
 
@@ -75,11 +109,11 @@ BACKENDS = (
     Backend("cuda", ("cuda",), HALF_DTYPES, (64, 128), (64,), _not_in_this_version("CUDA")),
     Backend(
         "triton",
-        ("cuda",),
+        ("cuda", "cpu") if is_interpreted() else ("cuda",),
         (*HALF_DTYPES, torch.float32),
         range(16, 257, 16),
         BLOCK_SIZES,
-        _not_in_this_version("Triton"),
+        _triton_unavailable,
     ),
     Backend(
         "cpu",
