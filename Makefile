@@ -26,6 +26,7 @@ demo: $(READY)  ## dense and NABLA attention side by side on a real clip, about 
 
 test: $(READY)  ## the test suite
 	$(BIN)/python -m pytest --numprocesses $(JOBS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

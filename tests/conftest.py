@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import nabla
+from nabla import dispatch
 
 hypothesis.settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=1000, deadline=None)
@@ -14,6 +15,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 BACKENDS = [name for name, status in nabla.backends().items() if status.available]
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads())
+
+
+def pytest_ignore_collect(collection_path):
+    """Triton reads TRITON_INTERPRET once, so its interpreter has a session of its own."""
+    if collection_path.name.startswith("test_"):
+        is_for_the_interpreter = collection_path.name == "test_triton.py"
+        return True if is_for_the_interpreter != dispatch.is_interpreted() else None
 
 
 @pytest.fixture(autouse=True)

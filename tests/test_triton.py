@@ -1,0 +1,287 @@
+"""The Triton kernels in Triton's interpreter, which is slow: tiny shapes that are odd in every way.
+
+Runs where TRITON_INTERPRET=1 is set, and nothing else runs there (see conftest.py). What is true of
+every backend is told by its tests: some of them run here, with this module's `backend`.
+"""
+
+import pytest
+import test_block_attention
+import test_block_mask
+import test_scores
+import torch
+from oracle import assert_selects, block_runs, pooled_scores, window_mask
+from test_block_attention import problem
+from test_block_mask import smooth_tokens
+
+import nabla
+from nabla import BlockMask, TokenGrid, backends
+from nabla.bits import pack_bits
+from nabla.triton import block_mask as triton_block_mask
+from nabla.triton import blocks, config
+
+SHARED = (
+    test_block_attention.test_a_mask_that_keeps_nothing,
+    test_block_attention.test_a_nan_query_stays_in_its_row,
+    test_block_attention.test_autocast,
+    test_block_attention.test_garbage_bits_are_ignored,
+    test_block_mask.test_tensor_top_p_out_of_range_keeps_one_or_all,
+    test_block_mask.test_top_p_one_keeps_blocks_of_no_mass,
+    test_block_mask.test_uniform_scores_keep_exactly_the_share,
+    test_block_mask.test_what_is_not_finite_is_kept_and_changes_nothing_else,
+    test_scores.test_block_mean_of_a_slice,
+    test_scores.test_scores_do_not_depend_on_low_precision_modes,
+    test_scores.test_what_is_not_finite_is_marked,
+)
+globals().update((test.__name__, test) for test in SHARED)
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def backend():
+    return "triton"
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    """A program computes several tiles, so that its list is written more than once."""
+    monkeypatch.setattr(config.TileConfig, "programs", lambda self, device: 3)
+
+
+def test_the_interpreter_is_a_backend_for_the_cpu():
+    assert backends()["triton"] == (True, "available")
+
+
+ATTENTION = {
+    "one short block": (TokenGrid(1, 3, 3), torch.float32, (1, 1), 32, 1, {}),
+    "float32, blocks of 16, extra": (
+        TokenGrid(1, 5, 9, block=(1, 4, 4), extra=3),
+        torch.float32,
+        (2, 1),
+        16,
+        2,
+        {},
+    ),
+    "bfloat16, ragged, grouped": (TokenGrid(2, 9, 8), torch.bfloat16, (4, 2), 48, 1, {}),
+    "float16, ragged, batch": (TokenGrid(1, 8, 17), torch.float16, (1, 1), 64, 2, {}),
+    "blocks of 32, empty rows": (
+        TokenGrid(3, 5, 6, block=(2, 4, 4)),
+        torch.float32,
+        (3, 1),
+        32,
+        1,
+        {"empty": True},
+    ),
+    "blocks of 128, whole": (TokenGrid(4, 8, 8, block=(2, 8, 8)), HALVES[0], (1, 1), 80, 1, {}),
+    "blocks of 128, ragged": (TokenGrid(3, 9, 8, block=(2, 8, 8)), HALVES[1], (1, 1), 16, 1, {}),
+    "all kept": (TokenGrid(2, 8, 16), torch.bfloat16, (2, 2), 128, 1, {"share": 1.0}),
+    "widest heads": (TokenGrid(1, 9, 9), torch.float32, (1, 1), 256, 1, {}),
+    "widest heads, half": (TokenGrid(1, 8, 9), torch.float16, (1, 1), 208, 1, {}),
+}
+
+
+@pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION)
+def test_attention(backend, case):
+    grid, dtype, heads, head_dim, batch, options = case
+    arguments = problem(grid, heads, head_dim, dtype, batch, **options)
+    test_block_attention.check(*arguments, grid, backend)
+
+
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100])
+def test_attention_as_it_is_cut_on_a_chip(backend, monkeypatch, architecture):
+    monkeypatch.setattr(config.dispatch, "architecture", lambda device: architecture)
+    grid = TokenGrid(1, 9, 8, block=(2, 8, 8), extra=67)
+    test_block_attention.check(*problem(grid, (1, 1), 96, torch.bfloat16), grid, backend)
+
+
+def test_gradients_through_lse(backend):
+    grid = TokenGrid(1, 9, 10)
+    q, k, v, dout, keep = problem(grid, (2, 1))
+    test_block_attention.check(q, k, v, dout, keep, grid, backend, dlse=torch.randn(q.shape[:3]))
+
+
+@pytest.mark.parametrize("first, last", [(0, 1), (1, 4), (2, 5)])
+def test_slices_of_the_queries(backend, first, last):
+    grid = TokenGrid(2, 5, 9, block=(2, 4, 4), extra=40)
+    q, k, v, dout, keep = problem(grid)
+    rows = slice(grid.block_start(first), grid.block_start(last))
+    test_block_attention.check(
+        q[:, :, rows], k, v, dout[:, :, rows], keep[:, :, first:last], grid, backend, first
+    )
+
+
+@pytest.mark.parametrize(
+    "layout", test_block_attention.LAYOUTS.values(), ids=test_block_attention.LAYOUTS
+)
+def test_strides(backend, layout):
+    grid = TokenGrid(1, 5, 9, block=(1, 4, 4), extra=5)
+    q, k, v, dout, keep = problem(grid, (2, 1), batch=2)
+    test_block_attention.check(*(layout(x) for x in (q, k, v)), dout, keep, grid, backend)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (1, 1)], ids=str)
+def test_masks_for_any_batch_and_heads(backend, shape):
+    grid = TokenGrid(1, 5, 9, block=(1, 4, 4))
+    q, k, v, dout, keep = problem(grid, batch=2)
+    keep = keep[: shape[0], : shape[1]].expand(2, 2, -1, -1)  # the mask's bits have strides of 0
+    mask = BlockMask.from_dense(keep[: shape[0], : shape[1]], grid=grid)
+    whole = BlockMask.from_dense(keep.contiguous(), grid=grid)
+    results = [
+        test_block_attention.gradients(
+            lambda q, k, v, m=m: nabla.block_sparse_attention(
+                q, k, v, m, return_lse=True, backend=backend
+            ),
+            q,
+            k,
+            v,
+            dout,
+        )
+        for m in (mask, whole)
+    ]
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_expanded_inputs(backend):
+    grid = TokenGrid(1, 9, 8)
+    q, k, v, _, keep = problem(grid, batch=2)
+    q, k, v = (x[:1, :1].expand(2, 2, -1, -1) for x in (q, k, v))
+    dout = torch.ones(()).expand(q.shape)
+    test_block_attention.check(q, k, v, dout, keep, grid, backend)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_poison_stays_in_rows_that_keep_it(backend, monkeypatch, poison, which):
+    grid = TokenGrid(2, 6, 5, block=(1, 4, 4))  # ragged: the poisoned block has short neighbours
+    monkeypatch.setattr(test_block_attention, "TokenGrid", lambda *_: grid)
+    test_block_attention.test_poison_reaches_who_attends_to_it_and_no_one_else(
+        backend, poison, which
+    )
+
+
+def test_deterministic(backend):
+    grid = TokenGrid(1, 9, 10)
+    q, k, v, dout, keep = problem(grid, (2, 1))
+    mask = BlockMask.from_dense(keep, grid=grid)
+
+    def ours(q, k, v):
+        return nabla.block_sparse_attention(q, k, v, mask, return_lse=True, backend=backend)
+
+    first, second = (test_block_attention.gradients(ours, q, k, v, dout) for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (31, 33), (70, 130)])
+def test_transposed_bits(rows, columns):
+    keep = torch.rand(2, 2, rows, columns) < 0.5
+    bits = pack_bits(keep)
+    expected = pack_bits(keep.transpose(-2, -1))
+    assert torch.equal(blocks.transposed_bits(bits, columns), expected)
+    shared = bits[:, :1].expand(-1, 2, -1, -1)
+    transposed = blocks.transposed_bits(shared, columns)
+    assert torch.equal(transposed, expected[:, :1].expand(-1, 2, -1, -1))
+    assert transposed.stride(1) == 0
+
+
+def test_lists_longer_than_a_chunk():
+    """More key blocks than are listed at a time."""
+    grid = TokenGrid(1, 4, 4 * 300 + 1, block=(1, 4, 4))
+    q, k, v, dout, keep = problem(grid, (1, 1), 16, share=0.02)
+    rows = slice(0, grid.block_start(2))
+    test_block_attention.check(
+        q[:, :, rows], k, v, dout[:, :, rows], keep[:, :, :2], grid, "triton"
+    )
+
+
+MASKS = {
+    "one block": (TokenGrid(1, 3, 3), torch.float32, (1, 1), 0.9, None, 1.0),
+    "ragged, extra, window": (
+        TokenGrid(3, 9, 20, extra=70),
+        torch.float32,
+        (2, 1),
+        0.6,
+        (1, 1, 3),
+        1.0,
+    ),
+    "bfloat16": (TokenGrid(2, 16, 17), torch.bfloat16, (1, 1), 0.9, (3, 1, 1), 0.3),
+    "all equal": (TokenGrid(5, 8, 8), torch.float16, (1, 1), 0.5, None, 0.0),
+    "all kept": (TokenGrid(2, 9, 9), torch.float32, (1, 1), 1.0, None, 1.0),
+    "more than 32 blocks": (
+        TokenGrid(3, 9, 20, block=(1, 4, 4)),
+        torch.float32,
+        (1, 1),
+        0.8,
+        (3, 3, 3),
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MASKS.values(), ids=MASKS)
+def test_masks(backend, case):
+    grid, dtype, heads, top_p, window, strength = case
+    q, k = (smooth_tokens(grid, h, dtype=dtype, strength=strength) for h in heads)
+    mask = nabla.create_block_mask(q, k, grid=grid, top_p=top_p, window=window, backend=backend)
+    top_p = torch.full((heads[0],), top_p, dtype=torch.float32).double()
+    exact = pooled_scores(q, k, grid, 32**-0.5)
+    assert_selects(mask.to_dense(), exact, top_p, window_mask(grid, window))
+
+
+def test_stages_agree_with_the_fused_mask_in_any_chunks(backend, monkeypatch):
+    """Rows and heads in pieces, slices of the queries, and scores made apart give the same bits."""
+    grid = TokenGrid(3, 9, 20, block=(1, 4, 4), extra=9)
+    q, k = smooth_tokens(grid, 2), smooth_tokens(grid, 1)
+    first, last = 5, 40
+    part = q[:, :, grid.block_start(first) : grid.block_start(last)]
+    options = {"top_p": (0.5, 0.8), "window": (1, 3, 3), "backend": backend}
+    whole = nabla.create_block_mask(q, k, grid=grid, **options)
+    scores = nabla.pooled_scores(part, k, grid, q_block_offset=first, backend=backend)
+    selected = nabla.select_blocks(scores, grid, q_block_offset=first, **options)
+    assert torch.equal(selected.bits, whole.bits[:, :, first:last])
+    for rows in (10, 50):
+        monkeypatch.setattr(triton_block_mask, "CHUNK_BYTES", rows * grid.num_blocks * 4)
+        mask = nabla.create_block_mask(part, k, grid=grid, q_block_offset=first, **options)
+        assert torch.equal(mask.bits, selected.bits)
+
+
+def test_scores(backend):
+    grid = TokenGrid(2, 9, 17, extra=3)
+    runs = block_runs(grid)
+    q, k = (smooth_tokens(grid, heads, strength=0.3) for heads in (2, 1))
+    scores = nabla.pooled_scores(q, k, grid, scale=0.5, backend=backend)
+    assert torch.isinf(scores[..., -1:]).all() and torch.isinf(scores[:, :, -1:]).all()
+    exact = pooled_scores(q, k, grid, 0.5)
+    rows = len(runs) - 1
+    torch.testing.assert_close(
+        scores[..., :rows, :rows].double(), exact[..., :rows, :rows], atol=0, rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize("top_p", [0.001, 0.25, 0.5, 0.7, 0.999])
+def test_ties_are_kept_lowest_index_first(backend, top_p):
+    values = torch.tensor([0.0, 0.125, 0.25, 1.0, 3.0])
+    scores = values[torch.randint(5, (1, 1, 6, 6))]
+    scores[..., 5] += 0.125
+    mask = nabla.select_blocks(scores, TokenGrid(6, 8, 8), top_p=top_p, backend=backend)
+    exact_p = torch.tensor(top_p).item()  # as float32
+    for kept, row in zip(mask.to_dense()[0, 0].tolist(), scores[0, 0].tolist(), strict=True):
+        expected = test_block_mask.fewest(row, exact_p)
+        assert {j for j, is_kept in enumerate(kept) if is_kept} == expected
+
+
+@pytest.mark.parametrize(
+    "grid", [TokenGrid(2, 9, 10), TokenGrid(1, 5, 7, block=(1, 4, 4))], ids=str
+)
+def test_the_public_function(backend, grid):
+    """nabla.attention, raster order, forward and backward, against the reference backend."""
+    shape = (1, 2, grid.num_tokens, 32)
+    q, k, v, dout = (torch.randn(shape) for _ in range(4))
+    results = []
+    for name in (backend, "reference"):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = nabla.attention(*inputs, grid=grid, top_p=0.7, window=(1, 3, 1), backend=name)
+        results.append((out.detach(), *torch.autograd.grad(out, inputs, dout)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)

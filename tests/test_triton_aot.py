@@ -1,0 +1,234 @@
+"""Every Triton kernel, compiled ahead of time for every chip, without a GPU.
+
+The functions of the backend run on meta tensors with a driver that names the chip, and compile what
+they would launch. Shown are the resources of each kernel; checked is what a table entry promises.
+"""
+
+import re
+import subprocess
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from nabla import TokenGrid, dispatch
+from nabla.triton import block_attention, block_mask, scores
+from nabla.triton.config import CHIPS, REGISTERS, tile_config
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TENSOR_CORES = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # elsewhere mma.sync
+TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor
+SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB of a multiprocessor
+WHOLE, RAGGED = TokenGrid(3, 32, 32), TokenGrid(3, 30, 30, extra=7)
+
+
+class Chip:
+    """A driver that compiles for a chip; nothing can be launched."""
+
+    def __init__(self, architecture):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self):
+        return self.architecture
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture(params=CHIPS, ids=lambda chip: f"sm_{chip}")
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture
+def compiled(monkeypatch, architecture):
+    """The kernels that the functions called have compiled, by name, the latest of each."""
+    kernels = {}
+    run = JITFunction.run
+
+    def record(self, *args, grid, warmup, **kwargs):
+        kernels[self.fn.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(driver, "_active", Chip(architecture))
+    monkeypatch.setattr(dispatch, "architecture", lambda device: architecture)
+    monkeypatch.setattr(dispatch, "num_multiprocessors", lambda device: 100)
+    return kernels
+
+
+def resources(kernel, tmp_path):
+    """What cuobjdump says that a kernel takes, such as REG and STACK."""
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    command = [CUOBJDUMP, "--dump-resource-usage", binary]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", report)}
+
+
+def programs_per_sm(kernel, registers, architecture):
+    """How many programs a multiprocessor holds at a time."""
+    limits = [
+        REGISTERS // (-(-registers // 8) * 8 * 32 * kernel.metadata.num_warps),
+        SHARED[architecture] * 1024 // (kernel.metadata.shared + 1024),
+    ]
+    if tensor_memory := getattr(kernel.metadata, "tmem_size", 0):
+        limits.append(TENSOR_MEMORY_COLUMNS // tensor_memory)
+    return min(limits)
+
+
+def check(name, kernel, architecture, tmp_path):
+    """No spills, and no more shared memory than there is; returns programs per multiprocessor."""
+    used = resources(kernel, tmp_path)
+    per_sm = programs_per_sm(kernel, used["REG"], architecture)
+    print(
+        f"sm_{architecture:<4} {name:26} {used['REG']:4} registers {used['STACK']:3} stack "
+        f"{kernel.metadata.shared / 1024:6.1f} KiB shared {kernel.metadata.num_warps:3} warps "
+        f"{per_sm:3} per multiprocessor"
+    )
+    assert used["STACK"] == 0, f"{name} spills"
+    assert kernel.metadata.shared <= CHIPS[architecture][0], name
+    assert kernel.metadata.enable_fp_fusion is True
+    return per_sm
+
+
+def attend(grid, dtype, head_dim):
+    """Run attention and its backward, two query heads on one key head, on nothing."""
+    q, k = (
+        torch.empty(1, h, grid.num_tokens, head_dim, dtype=dtype, device="meta") for h in (2, 1)
+    )
+    words = -(-grid.num_blocks // 32)
+    bits = torch.empty(1, 2, grid.num_blocks, words, dtype=torch.int32, device="meta")
+    out, lse = block_attention.attention_fwd(q, k, k, bits, grid, 0, 0.1)
+    block_attention.attention_bwd(out, None, q, k, k, out, lse, bits, grid, 0, 0.1)
+
+
+KERNELS = {
+    "forward": "attention_fwd_kernel",
+    "dq": "attention_bwd_dq_kernel",
+    "dkdv": "attention_bwd_dkdv_kernel",
+}
+
+
+def check_attention(kernels, architecture, grid, dtype, head_dim, tmp_path):
+    for direction, name in KERNELS.items():
+        kernel = kernels[name]
+        label = f"{direction} {str(dtype).removeprefix('torch.')} {head_dim}"
+        per_sm = check(label, kernel, architecture, tmp_path)
+        device = torch.device("meta")
+        config = tile_config(direction, device, head_dim, dtype, grid.block_size)
+        assert per_sm >= config.per_sm, f"{label}: {per_sm} programs fit"
+        code = kernel.asm["ptx"]
+        loads = r"cp\.async\.(cg|bulk)"
+        assert len(re.findall(loads, code)) >= 2, f"{label}: the loads are not pipelined"
+        if dtype != torch.float32 and head_dim in (64, 96, 128) and grid.block_size == 64:
+            assert TENSOR_CORES.get(architecture, "mma.sync") in code, label
+        if dtype == torch.float32:
+            assert "mma" not in code, f"{label}: products of float32 are exact"
+
+
+@pytest.mark.parametrize("grid", [WHOLE, RAGGED], ids=["whole", "ragged"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention(compiled, architecture, grid, head_dim, tmp_path):
+    attend(grid, torch.bfloat16, head_dim)
+    check_attention(compiled, architecture, grid, torch.bfloat16, head_dim, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim",
+    [
+        (torch.bfloat16, 96),
+        (torch.bfloat16, 256),
+        (torch.float16, 64),
+        (torch.float16, 96),
+        (torch.float16, 128),
+        (torch.float32, 64),
+        (torch.float32, 128),
+        (torch.float32, 256),
+    ],
+    ids=str,
+)
+def test_attention_of_other_types_and_sizes(compiled, architecture, dtype, head_dim, tmp_path):
+    attend(RAGGED, dtype, head_dim)
+    check_attention(compiled, architecture, RAGGED, dtype, head_dim, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [80, 90], indirect=True, ids=lambda chip: f"sm_{chip}")
+@pytest.mark.parametrize("block", [(1, 4, 4), (2, 4, 4), (2, 8, 8)], ids=str)
+def test_attention_of_other_blocks(compiled, architecture, block, tmp_path):
+    grid = TokenGrid(3, 30, 30, block=block)
+    attend(grid, torch.bfloat16, 128)
+    check_attention(compiled, architecture, grid, torch.bfloat16, 128, tmp_path)
+
+
+def select(num_blocks, dtype=torch.bfloat16, heads=1, head_dim=128):
+    grid = TokenGrid(num_blocks, 8, 8)
+    q = torch.empty(1, heads, grid.num_tokens, head_dim, dtype=dtype, device="meta")
+    top_p = torch.empty(heads, device="meta")
+    return block_mask.create_block_mask(q, q, top_p, grid, (11, 3, 3), 0, 0.1)
+
+
+@pytest.mark.parametrize("num_blocks", [100, 1024, 3660, 8192])
+def test_block_mask(compiled, architecture, num_blocks, tmp_path):
+    select(num_blocks)
+    for name, kernel in compiled.items():
+        check(f"{name.removesuffix('_kernel')} {num_blocks}", kernel, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [80], indirect=True, ids=lambda chip: f"sm_{chip}")
+def test_scores(compiled, architecture, tmp_path):
+    for dtype, head_dim in ((torch.bfloat16, 64), (torch.float16, 256), (torch.float32, 80)):
+        q = torch.empty(1, 2, RAGGED.num_tokens, head_dim, dtype=dtype, device="meta")
+        pooled = scores.pooled_scores(q, q, RAGGED, 0, 0.1)
+        block_mask.select_blocks(pooled, torch.empty(2, device="meta"), RAGGED, None, 0)
+        for name, kernel in compiled.items():
+            check(f"{name.removesuffix('_kernel')} {head_dim}", kernel, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [90], indirect=True, ids=lambda chip: f"sm_{chip}")
+def test_selection_multiplies_exactly(compiled, architecture):
+    select(1024)
+    assert "mma" not in compiled["logits_kernel"].asm["ptx"]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+
+    def _release(self, size):
+        self.bytes -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result._base is None:
+            size = result.untyped_storage().nbytes()
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(result, self._release, size)
+        return result
+
+
+@pytest.mark.parametrize("architecture", [90], indirect=True, ids=lambda chip: f"sm_{chip}")
+def test_a_mask_of_ten_seconds_of_hd_video_takes_little_memory(compiled, architecture):
+    """Besides q, k and the mask itself: 32 heads, 3,660 blocks."""
+    grid = TokenGrid(61, 48, 80)
+    assert grid.num_blocks == 3660
+    q = torch.empty(1, 32, grid.num_tokens, 128, dtype=torch.bfloat16, device="meta")
+    with PeakMemory() as memory:
+        bits = block_mask.create_block_mask(
+            q, q, torch.empty(32, device="meta"), grid, None, 0, 0.1
+        )
+    extra = memory.peak - bits.untyped_storage().nbytes()
+    print(f"{extra / 1e6:.0f} MB")
+    assert extra < 256e6
