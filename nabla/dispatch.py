@@ -1,8 +1,8 @@
 """Which backend runs: a pure function of device, head_dim, dtype and block size.
 
 A backend is a package with one module per stage (scores, block_mask, block_attention); every
-backend has the same functions. "auto" takes the first one below that fits; a backend that is named
-is used or refused, never replaced.
+backend has the same functions. "auto" takes the first one below that fits, and Triton's interpreter,
+which is slow, after all others; a backend that is named is used or refused, never replaced.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _triton_unavailable() -> str | None:
     if is_interpreted():
         return None
     if not torch.cuda.is_available():
-        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+        why = "torch is built without CUDA" if torch.version.cuda is None else "no CUDA device"
+        return f"{why} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     if (architecture(torch.device("cuda")) or 0) < 80:
         return "the CUDA device is older than sm_80"
     return None
@@ -169,7 +170,7 @@ def resolve(
     """
     check_backend(backend)
     refusals = []
-    for candidate in BACKENDS:
+    for candidate in sorted(BACKENDS, key=_is_slow):
         if backend in ("auto", candidate.name):
             refusal = candidate.refusal(device, head_dim, dtype, block_size)
             if refusal is None:
@@ -180,6 +181,10 @@ def resolve(
         f"backend={backend!r} cannot run this ({'; '.join(refusals)}). "
         f"Available on this machine: {', '.join(available)}; backend='auto' chooses among them"
     )
+
+
+def _is_slow(backend: Backend) -> bool:
+    return backend.name == "triton" and is_interpreted()
 
 
 def implementation(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_as_accurate_as, attention, block_runs, token_mask
@@ -11,8 +12,6 @@ from test_scores import DTYPES
 
 import nabla
 from nabla import BlockMask, TokenGrid
-
-BACKENDS = [name for name, status in nabla.backends().items() if status.available]
 
 
 def problem(grid, heads=(2, 2), head_dim=32, dtype=torch.float32, batch=1, share=0.4, empty=False):

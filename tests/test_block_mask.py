@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_selects, fewest, pooled_scores, window_mask
@@ -11,7 +12,6 @@ from test_scores import DTYPES, tokens
 import nabla
 from nabla import BlockMask, TokenGrid
 
-BACKENDS = [name for name, status in nabla.backends().items() if status.available]
 WINDOWS = st.none() | st.tuples(*[st.sampled_from([1, 3, 5])] * 3)
 
 

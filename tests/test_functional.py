@@ -5,10 +5,11 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_as_accurate_as, attention, block_tokens, token_mask
-from test_block_mask import BACKENDS, WINDOWS, smooth_tokens
+from test_block_mask import WINDOWS, smooth_tokens
 from test_grid import grids
 from test_scores import DTYPES
 

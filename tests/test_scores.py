@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import block_means, block_runs, num_video_blocks, pooled_scores
@@ -18,7 +19,7 @@ def tokens(grid, heads=2, head_dim=32, dtype=torch.float32, batch=1):
 
 
 @given(grid=grids(max_extent=17), dtype=st.sampled_from(DTYPES))
-@pytest.mark.parametrize("backend", [n for n, s in nabla.backends().items() if s.available])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_block_mean(backend, grid, dtype):
     x = tokens(grid, dtype=dtype)
     means = nabla.block_mean(x, grid, backend=backend)
@@ -41,7 +42,7 @@ def test_block_mean_of_a_slice(backend, run):
     dtype=st.sampled_from(DTYPES),
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
 )
-@pytest.mark.parametrize("backend", [n for n, s in nabla.backends().items() if s.available])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_pooled_scores(backend, grid, dtype, heads):
     q, k = tokens(grid, heads[0], dtype=dtype), tokens(grid, heads[1], dtype=dtype)
     scores = nabla.pooled_scores(q, k, grid, scale=0.5, backend=backend)

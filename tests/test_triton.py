@@ -1,7 +1,8 @@
-"""The Triton kernels in Triton's interpreter, which is slow: tiny shapes that are odd in every way.
+"""The Triton kernels: in Triton's interpreter on any machine, or on a GPU.
 
-Runs where TRITON_INTERPRET=1 is set, and nothing else runs there (see conftest.py). What is true of
-every backend is told by its tests: some of them run here, with this module's `backend`.
+The interpreter is slow, so shapes are tiny, and odd in every way. It runs this file, and nothing
+else, where TRITON_INTERPRET=1 is set (see conftest.py); `make gpu-check` runs it on the device.
+What is true of every backend is told by its tests: some run here, with this module's `backend`.
 """
 
 import pytest
@@ -14,16 +15,20 @@ from test_block_attention import problem
 from test_block_mask import smooth_tokens
 
 import nabla
-from nabla import BlockMask, TokenGrid, backends
+from nabla import BlockMask, TokenGrid, backends, dispatch
 from nabla.bits import pack_bits
 from nabla.triton import block_mask as triton_block_mask
 from nabla.triton import blocks, config
 
 SHARED = (
+    test_block_attention.test_a_gradient_without_strides,
     test_block_attention.test_a_mask_that_keeps_nothing,
     test_block_attention.test_a_nan_query_stays_in_its_row,
-    test_block_attention.test_autocast,
     test_block_attention.test_garbage_bits_are_ignored,
+    test_block_attention.test_huge_scores_stay_finite,
+    test_block_attention.test_scales_that_are_not_positive,
+    test_block_mask.test_equal_tokens_tie_on_ragged_grids,
+    test_block_mask.test_negative_scores_have_no_mass,
     test_block_mask.test_tensor_top_p_out_of_range_keeps_one_or_all,
     test_block_mask.test_top_p_one_keeps_blocks_of_no_mass,
     test_block_mask.test_uniform_scores_keep_exactly_the_share,
@@ -35,6 +40,9 @@ SHARED = (
 globals().update((test.__name__, test) for test in SHARED)
 
 HALVES = (torch.bfloat16, torch.float16)
+IS_INTERPRETED = dispatch.is_interpreted()
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+pytestmark = [] if IS_INTERPRETED else pytest.mark.gpu
 
 
 @pytest.fixture
@@ -43,13 +51,23 @@ def backend():
 
 
 @pytest.fixture(autouse=True)
+def _on_the_device():
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """A program computes several tiles, so that its list is written more than once."""
     monkeypatch.setattr(config.TileConfig, "programs", lambda self, device: 3)
 
 
-def test_the_interpreter_is_a_backend_for_the_cpu():
+def test_auto_chooses_kernels_but_not_the_interpreter():
     assert backends()["triton"] == (True, "available")
+    options = {"device": DEVICE, "head_dim": 16, "dtype": torch.float32, "block_size": 16}
+    assert dispatch.resolve("triton", **options) == "triton"
+    assert (dispatch.resolve("auto", **options) == "triton") is not IS_INTERPRETED
 
 
 ATTENTION = {
@@ -87,11 +105,53 @@ def test_attention(backend, case):
     test_block_attention.check(*arguments, grid, backend)
 
 
-@pytest.mark.parametrize("architecture", [80, 86, 90, 100])
-def test_attention_as_it_is_cut_on_a_chip(backend, monkeypatch, architecture):
-    monkeypatch.setattr(config.dispatch, "architecture", lambda device: architecture)
+@pytest.mark.parametrize(
+    "architecture, dtype, head_dim",
+    [
+        (80, torch.float32, 64),
+        (80, torch.bfloat16, 256),
+        (86, torch.float16, 96),
+        (90, torch.bfloat16, 96),
+        (100, torch.float16, 64),
+        (121, torch.float32, 256),
+    ],
+    ids=str,
+)
+def test_attention_as_it_is_cut_on_a_chip(backend, monkeypatch, architecture, dtype, head_dim):
+    if IS_INTERPRETED:
+        monkeypatch.setattr(dispatch, "architecture", lambda device: architecture)
     grid = TokenGrid(1, 9, 8, block=(2, 8, 8), extra=67)
-    test_block_attention.check(*problem(grid, (1, 1), 96, torch.bfloat16), grid, backend)
+    test_block_attention.check(*problem(grid, (1, 1), head_dim, dtype), grid, backend)
+
+
+def test_large_scores(backend):
+    grid = TokenGrid(1, 16, 16)
+    q, k, v, dout, keep = problem(grid, (4, 4))
+    test_block_attention.check(q * 30, k * 30, v, dout, keep, grid, backend)
+
+
+def test_what_attends_to_nothing_is_zero_whatever_is_beside_it(backend):
+    """Empty rows of queries that are NaN, and keys that are NaN and in no row."""
+    grid = TokenGrid(1, 5, 9, block=(1, 4, 4), extra=3)
+    q, k, v, dout, keep = problem(grid, (2, 1), 16)
+    keep[..., 1, :] = False
+    keep[..., 2] = False
+    rows, columns = (slice(*block_runs(grid)[block]) for block in (1, 2))
+    q[:, :, rows] = torch.nan
+    k[:, :, columns] = v[:, :, columns] = torch.nan
+    mask = BlockMask.from_dense(keep, grid=grid)
+
+    def ours(q, k, v):
+        return nabla.block_sparse_attention(q, k, v, mask, return_lse=True, backend=backend)
+
+    out, lse, *gradients = test_block_attention.gradients(
+        ours, q, k, v, dout, torch.randn(q.shape[:3]).masked_fill(q[..., 0].isnan(), 0)
+    )
+    for x in (out, *gradients):
+        assert x.isfinite().all()
+    assert (lse[:, :, rows] == -torch.inf).all()
+    assert (out[:, :, rows] == 0).all() and (gradients[0][:, :, rows] == 0).all()
+    assert (gradients[1][:, :, columns] == 0).all() and (gradients[2][:, :, columns] == 0).all()
 
 
 def test_gradients_through_lse(backend):

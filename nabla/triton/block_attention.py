@@ -26,6 +26,7 @@ from nabla.triton.blocks import (
     load_tile,
     own_block,
     own_run,
+    ragged_starts,
     round_to,
     store_rows,
     store_tile,
@@ -35,6 +36,7 @@ from nabla.triton.config import tile_config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+SMALLEST_SCALE = 1e-30  # in the place of 0, which would turn an infinite distance into NaN
 
 
 def attention_fwd(
@@ -49,6 +51,8 @@ def attention_fwd(
     """Out [B, H, Sq, D] with the strides of q, and lse [B, H, Sq]; an empty row is 0 and -inf."""
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    # The kernel takes scale * (product - largest product): the scale has to be positive.
+    q, scale = (q, max(scale, SMALLEST_SCALE)) if scale >= 0 else (-q, -scale)
     _launch(
         "forward", attention_fwd_kernel, (q, k, v, out), (lse,), bits, grid, q_block_offset, scale
     )
@@ -130,7 +134,7 @@ def _launch(
         num_blocks,
         num_columns,
         q_block_offset,
-        tuple(grid.as_ints()),
+        ragged_starts(grid, q.device),
         scale,
         D=head_dim,
         BLOCK=grid.block_size,
@@ -153,7 +157,6 @@ VARYING = [
     "num_blocks",
     "num_columns",
     "q_block_offset",
-    "grid",
 ]
 
 
@@ -178,7 +181,7 @@ def attention_fwd_kernel(
     num_blocks,
     num_columns,
     q_block_offset,
-    grid,
+    starts_ptr,
     scale,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -189,13 +192,13 @@ def attention_fwd_kernel(
     """Out and lse of ROWS queries at a time; a step of the inner loop visits STEP keys."""
     scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
     list_ptr += tl.program_id(0).to(tl.int64) * num_columns
-    q_start, _ = block_run(q_block_offset, grid)
+    q_start, _ = block_run(q_block_offset, starts_ptr, BLOCK)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         batch, head, block = own_block(tile, num_blocks, kv_heads * group, BLOCK, ROWS)
-        first, size = own_run(tile, block + q_block_offset, grid, BLOCK, ROWS)
+        first, size = own_run(tile, block + q_block_offset, starts_ptr, BLOCK, ROWS)
         first -= q_start
         bits_row = head_ptr(bits_ptr, bits_strides, batch, head) + block * bits_strides[2]
-        count = list_blocks(list_ptr, bits_row, num_columns, 0, 0, grid)
+        count = list_blocks(list_ptr, bits_row, num_columns, 0, 0, starts_ptr, BLOCK)
 
         q_head = head_ptr(q_ptr, q_strides, batch, head)
         k_head = head_ptr(k_ptr, k_strides, batch, head // group)
@@ -207,22 +210,22 @@ def attention_fwd_kernel(
         for step in range(count * (BLOCK // STEP)):
             key, keys = listed_run(list_ptr, step, BLOCK, STEP)
             k = load_tile(k_head, k_strides[2], key, keys, STEP, D, RAGGED)  # [STEP, D]
-            s = dot(q, tl.trans(k)) * scale_log2  # [ROWS, STEP]
+            s = dot(q, tl.trans(k))  # [ROWS, STEP]
             if RAGGED:
                 s = tl.where(tl.arange(0, STEP) < keys, s, float("-inf"))
             larger = tl.maximum(largest, tl.max(s, 1))
             shift = tl.where(larger == float("-inf"), 0.0, larger)
-            p = tl.exp2(s - shift[:, None])
-            decay = tl.exp2(largest - shift)
+            p = tl.exp2((s - shift[:, None]) * scale_log2)
+            decay = tl.exp2((largest - shift) * scale_log2)
             total = total * decay + tl.sum(p, 1)
             v = load_tile(v_head, v_strides[2], key, keys, STEP, D, RAGGED)  # [STEP, D]
             out = dot(round_to(p, v.dtype), v, out * decay[:, None])
             largest = larger
 
-        out = tl.where(total == 0, 0.0, 1 / total)[:, None] * out
+        out *= (1 / tl.where(total == 0, 1.0, total))[:, None]
         out_head = head_ptr(out_ptr, out_strides, batch, head)
         store_tile(out_head, out_strides[2], first, size, out, ROWS, D)
-        lse = (largest + tl.log2(total)) * LN_2
+        lse = (largest * scale_log2 + tl.log2(total)) * LN_2
         store_rows(lse_ptr, batch * kv_heads * group + head, q_tokens, first, size, lse, ROWS)
 
 
@@ -252,7 +255,7 @@ def attention_bwd_dq_kernel(
     num_blocks,
     num_columns,
     q_block_offset,
-    grid,
+    starts_ptr,
     scale,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -263,13 +266,13 @@ def attention_bwd_dq_kernel(
     """Dq of ROWS queries at a time, and delta, which holds -dlse before."""
     scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
     list_ptr += tl.program_id(0).to(tl.int64) * num_columns
-    q_start, _ = block_run(q_block_offset, grid)
+    q_start, _ = block_run(q_block_offset, starts_ptr, BLOCK)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         batch, head, block = own_block(tile, num_blocks, kv_heads * group, BLOCK, ROWS)
-        first, size = own_run(tile, block + q_block_offset, grid, BLOCK, ROWS)
+        first, size = own_run(tile, block + q_block_offset, starts_ptr, BLOCK, ROWS)
         first -= q_start
         bits_row = head_ptr(bits_ptr, bits_strides, batch, head) + block * bits_strides[2]
-        count = list_blocks(list_ptr, bits_row, num_columns, 0, 0, grid)
+        count = list_blocks(list_ptr, bits_row, num_columns, 0, 0, starts_ptr, BLOCK)
 
         row = batch * kv_heads * group + head
         out_head = head_ptr(out_ptr, out_strides, batch, head)
@@ -291,7 +294,7 @@ def attention_bwd_dq_kernel(
             k = load_tile(k_head, k_strides[2], key, keys, STEP, D, RAGGED)  # [STEP, D]
             v = load_tile(v_head, v_strides[2], key, keys, STEP, D, RAGGED)
             s = dot(q, tl.trans(k)) * scale_log2  # [ROWS, STEP]
-            p = tl.exp2(s - lse[:, None])
+            p = probability(s, lse[:, None])
             if RAGGED:
                 p = tl.where(tl.arange(0, STEP) < keys, p, 0.0)
             dp = dot(dout, tl.trans(v))
@@ -328,7 +331,7 @@ def attention_bwd_dkdv_kernel(
     num_blocks,
     num_columns,
     q_block_offset,
-    grid,
+    starts_ptr,
     scale,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -339,10 +342,10 @@ def attention_bwd_dkdv_kernel(
     """Dk and dv of ROWS keys at a time, over the query heads that share them, in order."""
     scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
     list_ptr += tl.program_id(0).to(tl.int64) * num_columns
-    q_start, _ = block_run(q_block_offset, grid)
+    q_start, _ = block_run(q_block_offset, starts_ptr, BLOCK)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         batch, kv_head, block = own_block(tile, num_blocks, kv_heads, BLOCK, ROWS)
-        first, size = own_run(tile, block, grid, BLOCK, ROWS)
+        first, size = own_run(tile, block, starts_ptr, BLOCK, ROWS)
         k_head = head_ptr(k_ptr, k_strides, batch, kv_head)
         v_head = head_ptr(v_ptr, v_strides, batch, kv_head)
         k = load_tile(k_head, k_strides[2], first, size, ROWS, D, RAGGED)  # [ROWS, D]
@@ -352,7 +355,9 @@ def attention_bwd_dkdv_kernel(
         for member in range(group):
             head = kv_head * group + member
             bits_row = head_ptr(bits_ptr, bits_strides, batch, head) + block * bits_strides[2]
-            count = list_blocks(list_ptr, bits_row, num_columns, q_block_offset, q_start, grid)
+            count = list_blocks(
+                list_ptr, bits_row, num_columns, q_block_offset, q_start, starts_ptr, BLOCK
+            )
             row = batch * kv_heads * group + head
             q_head = head_ptr(q_ptr, q_strides, batch, head)
             dout_head = head_ptr(dout_ptr, dout_strides, batch, head)
@@ -361,7 +366,7 @@ def attention_bwd_dkdv_kernel(
                 q = load_tile(q_head, q_strides[2], query, queries, STEP, D, RAGGED)  # [STEP, D]
                 lse = load_rows(lse_ptr, row, q_tokens, query, queries, float("inf"), STEP)
                 s = dot(k, tl.trans(q)) * scale_log2  # [ROWS, STEP]
-                p = tl.exp2(s - lse * LOG2_E)
+                p = probability(s, lse * LOG2_E)
                 dout = load_tile(dout_head, dout_strides[2], query, queries, STEP, D, RAGGED)
                 dv = dot(round_to(p, dout.dtype), dout, dv)
                 dp = dot(v, tl.trans(dout))
@@ -373,3 +378,9 @@ def attention_bwd_dkdv_kernel(
         store_tile(dk_head, dk_strides[2], first, size, dk, ROWS, D)
         dv_head = head_ptr(dv_ptr, dv_strides, batch, kv_head)
         store_tile(dv_head, dv_strides[2], first, size, dv, ROWS, D)
+
+
+@triton.jit
+def probability(s, lse):
+    """Return exp2(s - lse), which is 1 at most, however large and thus coarse s and lse are."""
+    return tl.exp2(tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))

@@ -164,6 +164,7 @@ def select_kernel(
 @triton.jit
 def most_probable(scores, is_selectable, top_p):
     """Return which of the selectable scores of each row are the fewest that hold top_p of them."""
+    scores = tl.maximum(scores, 0.0)
     # The bits of a float that is not negative, as an integer, have the order of the floats.
     keys = tl.where(is_selectable, scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
     largest = tl.max(keys, 1, keep_dims=True)  # [ROWS, 1], as all that follows

@@ -1,20 +1,45 @@
 """What the kernels share: where blocks lie, which blocks a row keeps, tiles of tokens.
 
-A kernel takes a grid as TokenGrid.as_ints(). A list entry is a block: first token << 8 | tokens.
+A list entry is a block: first token << 8 | tokens. Where all blocks are whole, block b begins at
+b * BLOCK; where some are ragged, kernels read where blocks begin, which takes fewer registers than
+to compute it.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nabla.dispatch import is_interpreted
+from nabla.grid import TokenGrid
 from nabla.triton import launch
 
 INTERPRETED = tl.constexpr(is_interpreted())
 LIST_CHUNK = tl.constexpr(256)
 WORDS = 4  # that a program transposes
+STARTS = 256  # that a program writes
+
+
+def ragged_starts(grid: TokenGrid, device: torch.device) -> Tensor | None:
+    """The first position of every block, then the number of tokens: int32; None if all are whole."""
+    if not grid.is_ragged:
+        return None
+    starts = torch.empty(grid.num_blocks + 1, dtype=torch.int32, device=device)
+    num_programs = triton.cdiv(grid.num_blocks, STARTS)
+    arguments = (starts, grid.num_blocks, tuple(grid.as_ints()))
+    launch(starts_kernel, num_programs, *arguments, BLOCKS=STARTS, num_warps=4)
+    return starts
+
+
+@triton.jit(do_not_specialize=["num_blocks", "grid"])
+def starts_kernel(starts_ptr, num_blocks, grid, BLOCKS: tl.constexpr):
+    """The starts of BLOCKS blocks, and the end of the last of all."""
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    first, size = grid_run(block, grid)
+    tl.store(starts_ptr + block, first, mask=block < num_blocks)
+    tl.store(starts_ptr + block + 1, first + size, mask=block == num_blocks - 1)
 
 
 def transposed_bits(bits: Tensor, num_columns: int) -> Tensor:
@@ -65,16 +90,27 @@ def own_block(tile, num_blocks, heads, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def own_run(tile, block, grid, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def own_run(tile, block, starts_ptr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Return the first position of a program's tile, and how many it holds (may be negative)."""
-    first, size = block_run(block, grid)
+    first, size = block_run(block, starts_ptr, BLOCK)
     skipped = tile % (BLOCK // ROWS) * ROWS
     return first + skipped, size - skipped
 
 
 @triton.jit
-def block_run(block, grid):
+def block_run(block, starts_ptr, BLOCK: tl.constexpr, mask=None):
     """Return the first position of each block and its number of tokens."""
+    if starts_ptr is None:
+        first, size = block * BLOCK, BLOCK
+    else:
+        first = tl.load(starts_ptr + block, mask=mask)
+        size = tl.load(starts_ptr + block + 1, mask=mask) - first
+    return first, size
+
+
+@triton.jit
+def grid_run(block, grid):
+    """Return the first position of each block and its number of tokens, of TokenGrid.as_ints()."""
     frames, height, width, block_frames, block_height, block_width, extra = grid
     rows, columns = tl.cdiv(height, block_height), tl.cdiv(width, block_width)
     slab, row, column = block // (rows * columns), block // columns % rows, block % columns
@@ -94,7 +130,9 @@ def block_run(block, grid):
 
 
 @triton.jit
-def list_blocks(list_ptr, bits_ptr, num_blocks, first_block, first_token, grid):
+def list_blocks(
+    list_ptr, bits_ptr, num_blocks, first_block, first_token, starts_ptr, BLOCK: tl.constexpr
+):
     """Write the blocks that a row of bits keeps to a list; return how many they are.
 
     Column 0 is `first_block`, and tokens count from `first_token`. A loop over the list has a
@@ -106,7 +144,7 @@ def list_blocks(list_ptr, bits_ptr, num_blocks, first_block, first_token, grid):
         column = base + tl.arange(0, LIST_CHUNK)
         word = tl.load(bits_ptr + column // 32, mask=column < num_blocks, other=0)
         kept = word >> (column % 32) & 1  # [LIST_CHUNK]
-        first, size = block_run(first_block + column, grid)
+        first, size = block_run(first_block + column, starts_ptr, BLOCK, column < num_blocks)
         entry = (first - first_token).to(tl.int64) << 8 | size
         tl.store(list_ptr + count + tl.cumsum(kept, 0) - kept, entry, mask=kept != 0)
         count += tl.sum(kept)

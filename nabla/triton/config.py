@@ -93,17 +93,26 @@ TABLE |= {
     ("sm100", "dkdv", 2, 256): TileConfig(32, 32, 8, 2, 1),
 }
 
+# The interpreter takes as long for a large step as for a small one.
+INTERPRETED = TileConfig(128, 128, 4, 1, 1)
+
 
 def tile_config(
     direction: str, device: torch.device, head_dim: int, dtype: torch.dtype, block_size: int
 ) -> TileConfig:
     """Return how a kernel runs on a device: "forward", "dq" or "dkdv"."""
-    _, family = CHIPS[_nearest(dispatch.architecture(device))]
-    channels = next(size for size in (64, 128, 256) if head_dim <= size)
-    config = TABLE[family, direction, dtype.itemsize, channels]
+    architecture = dispatch.architecture(device)
+    if architecture is None:
+        config = INTERPRETED
+    else:
+        config = TABLE[table_key(direction, architecture, head_dim, dtype)]
     return replace(config, rows=min(config.rows, block_size), step=min(config.step, block_size))
 
 
-def _nearest(architecture: int | None) -> int:
-    """The chip in the table that an architecture is, or succeeds; the oldest without a GPU."""
-    return max((chip for chip in CHIPS if chip <= (architecture or 0)), default=min(CHIPS))
+def table_key(
+    direction: str, architecture: int, head_dim: int, dtype: torch.dtype
+) -> tuple[str, str, int, int]:
+    """Return the key of the table's entry; a chip that is not in it is taken for the one before."""
+    _, family = CHIPS[max(chip for chip in CHIPS if chip <= architecture)]
+    channels = next(size for size in (64, 128, 256) if head_dim <= size)
+    return family, direction, dtype.itemsize, channels

@@ -1,4 +1,4 @@
-"""Block means and pooled scores, in float32.
+"""Block means, summed in float64, and pooled scores, in float32.
 
 mean_b = sum of the tokens of block b / their number      one pass over the tokens
 logits = scale * q_mean k_mean^T                          exact products, never TF32
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nabla.grid import TokenGrid
 from nabla.triton import launch, strides
-from nabla.triton.blocks import block_run, dot, head_ptr
+from nabla.triton.blocks import dot, grid_run, head_ptr
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 ONE = tl.constexpr(2.0**38)  # 1 in fixed point
@@ -122,20 +122,20 @@ def block_mean_kernel(
     ROWS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The mean of one block, ROWS tokens at a time."""
+    """The mean of one block, ROWS tokens at a time; exact, so that equal tokens have equal means."""
     pid = tl.program_id(0)
     block, head, batch = pid % num_blocks, pid // num_blocks % heads, pid // num_blocks // heads
-    first, size = block_run(block_offset + block, grid)
-    first -= block_run(block_offset, grid)[0]
+    first, size = grid_run(block_offset + block, grid)
+    first -= grid_run(block_offset, grid)[0]
     row, channel = tl.arange(0, ROWS), tl.arange(0, triton.next_power_of_2(D))
     x_ptr = head_ptr(x_ptr, x_strides, batch, head)
-    total = tl.zeros([ROWS, triton.next_power_of_2(D)], tl.float32)
+    total = tl.zeros([ROWS, triton.next_power_of_2(D)], tl.float64)
     for skipped in tl.static_range(0, BLOCK, ROWS):
         token = (first + skipped + row).to(tl.int64)
         mask = (skipped + row < size)[:, None] & (channel < D)
         x = tl.load(x_ptr + token[:, None] * x_strides[2] + channel, mask=mask, other=0.0)
-        total += x.to(tl.float32)  # [ROWS, D]
-    mean = tl.sum(total, 0) / size.to(tl.float32)
+        total += x.to(tl.float64)  # [ROWS, D]
+    mean = (tl.sum(total, 0) / size.to(tl.float64)).to(tl.float32)
     tl.store(mean_ptr + pid.to(tl.int64) * D + channel, mean, mask=channel < D)
 
 
