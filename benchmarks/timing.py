@@ -47,7 +47,7 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
                 times[name].append(time.perf_counter() - start)
                 if time.perf_counter() - began > 0.05:
                     break
-    return {name: _seconds(values) for name, values in times.items()}
+    return {name: summary(values) for name, values in times.items()}
 
 
 def fit_line(points: list[tuple[float, float]]) -> tuple[float, float, float]:
@@ -86,7 +86,7 @@ def heading(title: str) -> str:
     )
 
 
-def _seconds(values: list[float]) -> Seconds:
+def summary(values: list[float]) -> Seconds:
     if len(values) == 1:
         return Seconds(values[0], values[0], values[0])
     deciles = statistics.quantiles(values, n=10, method="inclusive")

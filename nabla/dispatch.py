@@ -1,8 +1,8 @@
 """Which backend runs: a pure function of device, head_dim, dtype and block size.
 
 A backend is a package with one module per stage (scores, block_mask, block_attention); every
-backend has the same functions. "auto" takes the first one below that fits, and Triton's interpreter,
-which is slow, after all others; a backend that is named is used or refused, never replaced.
+backend has the same functions. "auto" takes the first one below that fits, Triton's interpreter
+(which is slow) after all others; a backend that is named is used or refused, never replaced.
 """
 
 from __future__ import annotations

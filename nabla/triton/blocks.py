@@ -23,7 +23,7 @@ STARTS = 256  # that a program writes
 
 
 def ragged_starts(grid: TokenGrid, device: torch.device) -> Tensor | None:
-    """The first position of every block, then the number of tokens: int32; None if all are whole."""
+    """Where every block begins and the last one ends, int32; None if all are whole."""
     if not grid.is_ragged:
         return None
     starts = torch.empty(grid.num_blocks + 1, dtype=torch.int32, device=device)

@@ -84,7 +84,6 @@ TABLE |= {
     ("sm86", "dkdv", 2, 256): TileConfig(64, 16, 8, 2, 1),
     ("sm90", "dq", 2, 64): TileConfig(64, 32, 4, 2, 3),
     ("sm90", "dkdv", 2, 64): TileConfig(64, 32, 4, 2, 2),
-    ("sm90", "dkdv", 2, 128): TileConfig(64, 32, 4, 2, 2),
     ("sm90", "dq", 2, 256): TileConfig(32, 32, 4, 2, 2),
     ("sm90", "dkdv", 2, 256): TileConfig(32, 32, 8, 2, 1),
     ("sm100", "dq", 2, 256): TileConfig(32, 32, 4, 2, 2),

@@ -122,7 +122,7 @@ def block_mean_kernel(
     ROWS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The mean of one block, ROWS tokens at a time; exact, so that equal tokens have equal means."""
+    """The mean of one block, ROWS tokens at a time; exact, so equal tokens have equal means."""
     pid = tl.program_id(0)
     block, head, batch = pid % num_blocks, pid // num_blocks % heads, pid // num_blocks // heads
     first, size = grid_run(block_offset + block, grid)
