@@ -44,5 +44,6 @@ sanitize: $(READY)  ## the tests of the native kernels, built with address and u
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize $(BIN)/pytest tests/test_cpu.py -k "not threads" --timeout 1200 --numprocesses $(JOBS)
 
 # A PYTHON that is named is taken; else the one in .venv, if it is there.
-gpu-check:  ## on a machine with CUDA: the tests marked gpu, with the Python found and no network
-	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu_check
+gpu-check: OUT ?= out/gpu-check
+gpu-check:  ## on a machine with CUDA: build, tests, sanitizer, benchmark into OUT, no network
+	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu_check $(OUT)

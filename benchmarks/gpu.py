@@ -18,8 +18,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -90,12 +89,11 @@ class Benchmark:
 
     def run(self, workloads: Sequence[Workload]) -> None:
         """Measure all; the forward of every workload before any backward."""
-        with self.reported("machine"):
-            self.measure_machine()
-        for stage in ("mask", "forward", "backward"):
+        self.attempt("machine", self.measure_machine)
+        stages = (self.measure_mask, self.measure_forward, self.measure_backward)
+        for case, stage in zip(("mask", "forward", "backward"), stages, strict=True):
             for workload in workloads:
-                with self.reported(stage, workload=workload.name):
-                    getattr(self, f"measure_{stage}")(workload)
+                self.attempt(case, lambda s=stage, w=workload: s(w), workload=workload.name)
 
     def emit(self, case: str, **row: object) -> None:
         """Add a row, print it, and write all rows."""
@@ -105,14 +103,13 @@ class Benchmark:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(self.rows, indent=1) + "\n")
 
-    @contextmanager
-    def reported(self, case: str, **about: object) -> Iterator[None]:
-        """Turn what goes wrong with our kernels into a row and a failure; nothing else stops."""
+    def attempt(self, case: str, measure: Callable[[], None], **about: object) -> None:
+        """Measure; what goes wrong becomes a row and a failure, and stops nothing else."""
+        if time.monotonic() > self.deadline:
+            self.emit(case, **about, skipped="out of time")
+            return
         try:
-            if time.monotonic() > self.deadline:
-                self.emit(case, **about, skipped="out of time")
-            else:
-                yield
+            measure()
         except Exception as error:
             self.failures += 1
             self.emit(case, **about, error=f"{type(error).__name__}: {str(error)[:300]}")
@@ -305,7 +302,8 @@ def nabla_like_mask(workload: Workload, density: float, device: torch.device) ->
         share = missing * (0.5 + torch.rand(per_frame, 1, device=device)).repeat(grid.blocks[0], 1)
         recurring = torch.rand(per_frame, num_blocks, device=device).repeat(grid.blocks[0], 1)
         own = torch.rand(num_blocks, num_blocks, device=device)
-        keep[0, head] = near | (recurring < 0.7 * share) | (own < 0.3 * share)
+        is_recurring = recurring < 0.7 * share
+        keep[0, head] = near | is_recurring | (own < 0.3 * share / (1 - 0.7 * share))
     return BlockMask.from_dense(keep, grid=grid)
 
 

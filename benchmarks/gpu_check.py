@@ -1,54 +1,161 @@
-"""What only a GPU can show: the tests marked gpu, and a record of what they ran on.
+"""What only a GPU can show: build, tests, sanitizer and benchmark, and a record of them.
 
-    python -m benchmarks.gpu_check [OUT.json]
+    python -m benchmarks.gpu_check [OUT]      a folder; out/gpu-check if none is given
 
-Runs with the Python that runs it, from the checkout, without network; that Python needs torch built
-for CUDA, and pytest. Only test files with such tests are collected, so nothing else is needed.
-Exit status: 0 all passed, 1 a test failed, 2 this machine cannot run them.
+Runs with the Python that runs it, from the checkout, without network, in under 8 minutes on an
+H200. That Python needs torch built for CUDA; what else is missing is named, and its step skipped.
+OUT gets record.json, benchmark.json and log.txt.
+Exit status: 0 all passed, 1 something failed, 2 this machine cannot run it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 460  # of all steps together
+STEPS = {"build": 100, "tests": 200, "sanitizer": 100, "benchmark": 400}  # seconds at most, each
+NOT_SUPPORTED = "Device not supported"  # what compute-sanitizer says of some virtual machines
 
 
 def main(out: Path) -> int:
-    """Run the tests and write their record; return the exit status."""
+    """Run all steps and write their record; return the exit status."""
     if (reason := missing()) is not None:
         print(f"gpu-check: {reason}", file=sys.stderr)
         return 2
     from nabla.inspect import environment
 
-    marked = [path for path in sorted(ROOT.glob("tests/test_*.py")) if is_marked(path)]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", *map(str, marked)]
-    status = subprocess.run(command, cwd=ROOT).returncode
+    out.mkdir(parents=True, exist_ok=True)
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "pytest_exit_status": status,
         "environment": environment(),
+        "gpu": gpu(),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"gpu-check: {'passed' if status == 0 else 'FAILED'}, record in {out}")
-    return 0 if status == 0 else 1
+    record["steps"] = results = {}
+    commands = {
+        "build": build_command,
+        "tests": tests_command,
+        "sanitizer": sanitizer_command,
+        "benchmark": benchmark_command,
+    }
+    began = time.monotonic()
+    with open(out / "log.txt", "w") as log:
+        for name, command in commands.items():
+            seconds = min(SECONDS - (time.monotonic() - began), STEPS[name])
+            results[name] = run(name, command(out, seconds), seconds, log)
+            (out / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    for name, result in results.items():
+        print(f"gpu-check: {name} {result.get('skipped') or result['exit_status'] or 'passed'}")
+    failed = any(result.get("exit_status") for result in results.values())
+    print(f"gpu-check: {'FAILED' if failed else 'passed'}, record in {out}")
+    return 1 if failed else 0
+
+
+# The steps: each is a command, or the reason to skip it.
+
+
+def build_command(out: Path, seconds: float) -> Sequence[str] | str:
+    """The native modules, in place."""
+    missing = [name for name in ("setuptools", "pybind11") if find_spec(name) is None]
+    missing += [name for name in ("cmake", "ninja") if shutil.which(name) is None]
+    if missing:
+        return f"no {', '.join(missing)}"
+    return [sys.executable, "setup.py", "build_ext", "--inplace"]
+
+
+def tests_command(out: Path, seconds: float) -> Sequence[str] | str:
+    """The tests marked gpu; only test files with such tests are collected."""
+    missing = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
+    if missing:
+        return f"no {', '.join(missing)}"
+    marked = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if is_marked(path)]
+    processes = ["--numprocesses", "4"] if find_spec("xdist") else []  # most of it is compilation
+    return [sys.executable, "-m", "pytest", "-m", "gpu", "--durations=10", *processes, *marked]
+
+
+def sanitizer_command(out: Path, seconds: float) -> Sequence[str] | str:
+    """Reads and writes out of bounds, on small shapes."""
+    cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    places = os.pathsep.join((os.environ.get("PATH", ""), f"{cuda_home}/bin"))
+    if (sanitizer := shutil.which("compute-sanitizer", path=places)) is None:
+        return "no compute-sanitizer"
+    if isinstance(tests := tests_command(out, seconds), str):
+        return tests
+    return [
+        *(sanitizer, "--tool", "memcheck", "--error-exitcode", "99", "--report-api-errors", "no"),
+        *(sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-k", "sanitizer"),
+    ]
+
+
+def benchmark_command(out: Path, seconds: float) -> Sequence[str] | str:
+    """The stages against what they replace; it begins nothing late, to end in time."""
+    rows = str(out.resolve() / "benchmark.json")
+    return [sys.executable, "-m", "benchmarks.gpu", rows, "--seconds", str(int(seconds - 30))]
+
+
+def run(name: str, command: Sequence[str] | str, seconds: float, log: TextIO) -> dict:
+    """Run a step, its output to the terminal and the log; 124 is the exit status of a late one."""
+    if isinstance(command, str):
+        log.write(f"== {name}: skipped, {command}\n")
+        return {"skipped": command}
+    log.write(f"== {name}: {' '.join(command)}\n")
+    # Freed memory goes back to the device, so that the sanitizer sees every allocation end.
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if name == "sanitizer":
+        environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    began, is_late, is_supported = time.monotonic(), threading.Event(), True
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environ,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+    def stop() -> None:
+        is_late.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        sys.stdout.write(line)
+        log.write(line)
+        is_supported &= NOT_SUPPORTED not in line
+    status = process.wait()
+    timer.cancel()
+    if name == "sanitizer" and not is_supported:
+        return {"skipped": "compute-sanitizer does not support this device"}
+    return {
+        "command": list(command),
+        "exit_status": 124 if is_late.is_set() else status,
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def missing() -> str | None:
-    """Return why this Python cannot run the tests here, with the remedy, or None."""
-    for module in ("torch", "pytest"):
-        if find_spec(module) is None:
-            return (
-                f"{sys.executable} has no {module}. Name a Python that has torch with CUDA and "
-                "pytest: make gpu-check PYTHON=/path/to/python"
-            )
+    """Return why this Python cannot run the check here, with the remedy, or None."""
+    if find_spec("torch") is None:
+        return (
+            f"{sys.executable} has no torch. Name a Python that has torch with CUDA: "
+            "make gpu-check PYTHON=/path/to/python"
+        )
     import torch
 
     if torch.version.cuda is None:
@@ -69,16 +176,24 @@ def is_marked(path: Path) -> bool:
     return "mark.gpu" in path.read_text()
 
 
+def gpu() -> str | None:
+    """Return what nvidia-smi says of the GPU: name, driver, clocks; None where it is not there."""
+    query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    return _output("nvidia-smi", query, "--format=csv,noheader")
+
+
 def commit() -> str | None:
     """Return the commit of the checkout, or None where there is no git."""
+    return _output("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _output(*command: str) -> str | None:
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return (
-            subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
-        )
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
         return None
+    return result.stdout.strip() or None
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "out" / "gpu-check.json"))
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "out" / "gpu-check"))

@@ -87,6 +87,7 @@ def heading(title: str) -> str:
 
 
 def summary(values: list[float]) -> Seconds:
+    """Return the median and the percentiles of times in seconds."""
     if len(values) == 1:
         return Seconds(values[0], values[0], values[0])
     deciles = statistics.quantiles(values, n=10, method="inclusive")

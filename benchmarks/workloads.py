@@ -40,7 +40,7 @@ class Workload:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of dense attention, forward; the backward has 2.5 times that."""
+        """Floating-point operations of dense attention; its backward has 2.5 times that."""
         return 4 * self.heads * self.grid.num_tokens**2 * self.head_dim
 
 
