@@ -7,6 +7,7 @@ they would launch. Shown are the resources of each kernel; checked is what a tab
 import re
 import subprocess
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from nabla import TokenGrid, dispatch
 from nabla.triton import block_attention, block_mask, scores
-from nabla.triton.config import CHIPS, REGISTERS, tile_config
+from nabla.triton.config import CHIPS, REGISTERS, TABLE, table_key, tile_config
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORES = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # elsewhere mma.sync
@@ -85,19 +86,51 @@ def programs_per_sm(kernel, registers, architecture):
     return min(limits)
 
 
-def check(name, kernel, architecture, tmp_path):
+@pytest.fixture
+def check(architecture, tmp_path, record_property):
     """No spills, and no more shared memory than there is; returns programs per multiprocessor."""
-    used = resources(kernel, tmp_path)
-    per_sm = programs_per_sm(kernel, used["REG"], architecture)
-    print(
-        f"sm_{architecture:<4} {name:26} {used['REG']:4} registers {used['STACK']:3} stack "
-        f"{kernel.metadata.shared / 1024:6.1f} KiB shared {kernel.metadata.num_warps:3} warps "
-        f"{per_sm:3} per multiprocessor"
-    )
-    assert used["STACK"] == 0, f"{name} spills"
-    assert kernel.metadata.shared <= CHIPS[architecture][0], name
-    assert kernel.metadata.enable_fp_fusion is True
-    return per_sm
+
+    def check(name, kernel):
+        used = resources(kernel, tmp_path)
+        per_sm = programs_per_sm(kernel, used["REG"], architecture)
+        line = (
+            f"sm_{architecture:<4} {name:32} {used['REG']:4} registers {used['STACK']:3} stack "
+            f"{kernel.metadata.shared / 1024:6.1f} KiB shared {kernel.metadata.num_warps:3} warps "
+            f"{per_sm:3} per multiprocessor"
+        )
+        record_property("resources", line)  # printed when the tests have run (see conftest.py)
+        assert used["STACK"] == 0, f"{name} spills"
+        assert kernel.metadata.shared <= CHIPS[architecture][0], name
+        assert kernel.metadata.enable_fp_fusion is True
+        return per_sm
+
+    return check
+
+
+def innermost_loops(ptx, operation):
+    """The code of each loop that has an operation and no smaller loop that has it."""
+    labels, loops = {}, []
+    for line in re.finditer(r"^(\$L\w+):|\bbra(?:\.uni)?\s+(\$L\w+);", ptx, re.MULTILINE):
+        label, target = line.groups()
+        if label:
+            labels[label] = line.start()
+        elif target in labels and re.search(operation, ptx[labels[target] : line.start()]):
+            loops.append((labels[target], line.start()))
+    return [
+        ptx[start:stop]
+        for start, stop in loops
+        if not any(start <= a and b <= stop and (a, b) != (start, stop) for a, b in loops)
+    ]
+
+
+TENSOR_PRODUCT = r"mma\.mma_async|\bmma\.sync|tcgen05\.mma"
+LOADS = r"cp\.async\.(cg|bulk)"
+
+
+def is_pipelined(ptx, operation):
+    """Whether the loop that multiplies also copies, ahead, what it multiplies later."""
+    loops = innermost_loops(ptx, operation)
+    return bool(loops) and all(len(re.findall(LOADS, loop)) >= 2 for loop in loops)
 
 
 def attend(grid, dtype, head_dim):
@@ -118,28 +151,39 @@ KERNELS = {
 }
 
 
-def check_attention(kernels, architecture, grid, dtype, head_dim, tmp_path):
+def check_attention(kernels, check, architecture, grid, dtype, head_dim):
     for direction, name in KERNELS.items():
         kernel = kernels[name]
-        label = f"{direction} {str(dtype).removeprefix('torch.')} {head_dim}"
-        per_sm = check(label, kernel, architecture, tmp_path)
+        kind = f"{grid.block_size} {'ragged' if grid.is_ragged else 'whole'}"
+        label = f"{direction} {str(dtype).removeprefix('torch.')} {head_dim} {kind}"
+        per_sm = check(label, kernel)
         device = torch.device("meta")
         config = tile_config(direction, device, head_dim, dtype, grid.block_size)
         assert per_sm >= config.per_sm, f"{label}: {per_sm} programs fit"
         code = kernel.asm["ptx"]
-        loads = r"cp\.async\.(cg|bulk)"
-        assert len(re.findall(loads, code)) >= 2, f"{label}: the loads are not pipelined"
-        if dtype != torch.float32 and head_dim in (64, 96, 128) and grid.block_size == 64:
-            assert TENSOR_CORES.get(architecture, "mma.sync") in code, label
         if dtype == torch.float32:
             assert "mma" not in code, f"{label}: products of float32 are exact"
+        elif head_dim in (64, 96, 128) and grid.block_size == 64:
+            assert TENSOR_CORES.get(architecture, "mma.sync") in code, label
+        product = r"\bfma\.rn\.f32" if dtype == torch.float32 else TENSOR_PRODUCT
+        assert is_pipelined(code, product), f"{label}: the loads are not pipelined"
+
+
+@pytest.mark.parametrize("architecture", [80, 90], indirect=True, ids=lambda chip: f"sm_{chip}")
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_is_not_pipelined_is_noticed(compiled, architecture, stages, monkeypatch):
+    key = table_key("forward", architecture, 64, torch.bfloat16)
+    monkeypatch.setitem(TABLE, key, replace(TABLE[key], stages=stages))
+    attend(WHOLE, torch.bfloat16, 64)
+    code = compiled[KERNELS["forward"]].asm["ptx"]
+    assert is_pipelined(code, TENSOR_PRODUCT) == (stages > 1)
 
 
 @pytest.mark.parametrize("grid", [WHOLE, RAGGED], ids=["whole", "ragged"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_attention(compiled, architecture, grid, head_dim, tmp_path):
+def test_attention(compiled, check, architecture, grid, head_dim):
     attend(grid, torch.bfloat16, head_dim)
-    check_attention(compiled, architecture, grid, torch.bfloat16, head_dim, tmp_path)
+    check_attention(compiled, check, architecture, grid, torch.bfloat16, head_dim)
 
 
 @pytest.mark.parametrize(
@@ -156,17 +200,17 @@ def test_attention(compiled, architecture, grid, head_dim, tmp_path):
     ],
     ids=str,
 )
-def test_attention_of_other_types_and_sizes(compiled, architecture, dtype, head_dim, tmp_path):
+def test_attention_of_other_types_and_sizes(compiled, check, architecture, dtype, head_dim):
     attend(RAGGED, dtype, head_dim)
-    check_attention(compiled, architecture, RAGGED, dtype, head_dim, tmp_path)
+    check_attention(compiled, check, architecture, RAGGED, dtype, head_dim)
 
 
 @pytest.mark.parametrize("architecture", [80, 90], indirect=True, ids=lambda chip: f"sm_{chip}")
 @pytest.mark.parametrize("block", [(1, 4, 4), (2, 4, 4), (2, 8, 8)], ids=str)
-def test_attention_of_other_blocks(compiled, architecture, block, tmp_path):
+def test_attention_of_other_blocks(compiled, check, architecture, block):
     grid = TokenGrid(3, 30, 30, block=block)
     attend(grid, torch.bfloat16, 128)
-    check_attention(compiled, architecture, grid, torch.bfloat16, 128, tmp_path)
+    check_attention(compiled, check, architecture, grid, torch.bfloat16, 128)
 
 
 def select(num_blocks, dtype=torch.bfloat16, heads=1, head_dim=128):
@@ -177,20 +221,20 @@ def select(num_blocks, dtype=torch.bfloat16, heads=1, head_dim=128):
 
 
 @pytest.mark.parametrize("num_blocks", [100, 1024, 3660, 8192])
-def test_block_mask(compiled, architecture, num_blocks, tmp_path):
+def test_block_mask(compiled, check, num_blocks):
     select(num_blocks)
     for name, kernel in compiled.items():
-        check(f"{name.removesuffix('_kernel')} {num_blocks}", kernel, architecture, tmp_path)
+        check(f"{name.removesuffix('_kernel')} {num_blocks}", kernel)
 
 
 @pytest.mark.parametrize("architecture", [80], indirect=True, ids=lambda chip: f"sm_{chip}")
-def test_scores(compiled, architecture, tmp_path):
+def test_scores(compiled, check):
     for dtype, head_dim in ((torch.bfloat16, 64), (torch.float16, 256), (torch.float32, 80)):
         q = torch.empty(1, 2, RAGGED.num_tokens, head_dim, dtype=dtype, device="meta")
         pooled = scores.pooled_scores(q, q, RAGGED, 0, 0.1)
         block_mask.select_blocks(pooled, torch.empty(2, device="meta"), RAGGED, None, 0)
         for name, kernel in compiled.items():
-            check(f"{name.removesuffix('_kernel')} {head_dim}", kernel, architecture, tmp_path)
+            check(f"{name.removesuffix('_kernel')} {head_dim}", kernel)
 
 
 @pytest.mark.parametrize("architecture", [90], indirect=True, ids=lambda chip: f"sm_{chip}")

@@ -67,7 +67,7 @@ DEFAULTS = {
     ("forward", 4, 64): TileConfig(32, 32, 4, 2, 2),
     ("forward", 4, 128): TileConfig(32, 16, 4, 2, 2),
     ("forward", 4, 256): TileConfig(32, 16, 8, 2, 1),
-    ("dq", 4, 64): TileConfig(32, 32, 4, 2, 2),
+    ("dq", 4, 64): TileConfig(32, 16, 4, 2, 2),
     ("dq", 4, 128): TileConfig(16, 32, 4, 2, 1),
     ("dq", 4, 256): TileConfig(16, 16, 4, 2, 1),
     ("dkdv", 4, 64): TileConfig(16, 16, 4, 2, 2),
