@@ -4,6 +4,7 @@ nabla info [--json]    versions, devices, instruction sets, backends and why one
 nabla demo             dense and NABLA attention side by side on a real clip
 nabla mask             picture of a block mask
 nabla generate         a video or an image of Kandinsky 5, from its weights
+nabla tune             fastest tiles of the Triton kernels on the GPU at hand
 """
 
 from __future__ import annotations
@@ -132,6 +133,26 @@ def mask(
         table.add_row(str(head), *(f"{value:.3f}" for value in values))
     console.print(table)
     console.print(f"density {block_mask.density():.3f}, picture in {out}", highlight=False)
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Option(help="The table to write, JSON.")] = Path("tiles.json"),
+    head_dims: Annotated[str, typer.Option(help="Channels of a head: 64,128")] = "64,128",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the tensors.")
+    ] = "bfloat16",
+) -> None:
+    """Measure tiles of the Triton kernels on this GPU, which takes minutes, and write the best."""
+    if not (status := nabla.backends()["triton"]).available:
+        raise ValueError(f"tune measures Triton's kernels on a GPU: {status.reason}")
+    from nabla.triton.tune import tune
+
+    sizes = [int(size) if size.strip().isdecimal() else 0 for size in head_dims.split(",")]
+    if not all(size in range(16, 257, 16) for size in sizes):
+        raise ValueError(f"--head-dims {head_dims!r} are not sizes of 16 to 256 in steps of 16")
+    tune(out, [getattr(torch, dtype)], sizes, report=console.print)
+    console.print(f"in a program: nabla.triton.config.use_table({str(out)!r})")
 
 
 @app.command()

@@ -50,6 +50,25 @@ def test_auto_takes_the_first_that_fits(monkeypatch):
         resolve("fast", device="cuda")
 
 
+@pytest.mark.parametrize(
+    "spec, cuda, reason",
+    [
+        (None, "13.0", "triton is not installed"),
+        (object(), None, "torch is built without CUDA"),
+        (object(), "13.0", "no CUDA device"),
+    ],
+)
+def test_without_a_gpu_triton_says_why_it_is_not_there(monkeypatch, spec, cuda, reason):
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status = backends()["triton"]
+    assert not status.available
+    assert status.reason.startswith(reason)
+    with pytest.raises(ValueError, match=f"triton: {reason}.*Available on this machine: "):
+        dispatch.resolve("triton", device="cpu", head_dim=64, dtype=torch.float32, block_size=64)
+
+
 def test_a_missing_backend_says_why_and_what_is_there(monkeypatch):
     missing = dispatch.Backend(
         "missing", ("cpu",), (torch.float32,), (64,), (64,), lambda: "its module is not built"

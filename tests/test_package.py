@@ -386,6 +386,18 @@ def test_unknown_option_is_a_usage_error():
     assert command("mask", "--nonsense").exit_code == 2
 
 
+def test_tuning_needs_a_gpu(monkeypatch, tmp_path, capsys):
+    why = "there is no GPU today"
+    missing = nabla.dispatch.BackendStatus(False, why)
+    monkeypatch.setattr(nabla, "backends", lambda: {"triton": missing})
+    monkeypatch.setattr(sys, "argv", ["nabla", "tune", "--out", str(tmp_path / "t.json")])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == f"nabla: tune measures Triton's kernels on a GPU: {why}\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_gpu_check_says_why_it_cannot_run():
     from benchmarks.gpu_check import missing
 

@@ -18,7 +18,7 @@ import nabla
 from nabla import BlockMask, TokenGrid, backends, dispatch
 from nabla.bits import pack_bits
 from nabla.triton import block_mask as triton_block_mask
-from nabla.triton import blocks, config
+from nabla.triton import blocks, config, tune
 
 SHARED = (
     test_block_attention.test_a_gradient_without_strides,
@@ -345,3 +345,94 @@ def test_the_public_function(backend, grid):
         results.append((out.detach(), *torch.autograd.grad(out, inputs, dout)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_tuning_takes_the_fastest_that_is_right(monkeypatch, tmp_path):
+    """Among candidates that do not fit, and one that is faster and wrong."""
+    key = config.table_key("forward", 80, 32, torch.float32)
+    before = dict(config.TABLE)
+    in_use = config.TABLE[key]
+    right = config.TileConfig(32, 64, 4, 3, 1)
+    broken = config.TileConfig(16, 64, 4, 3, 1)
+    expected = torch.ones(2, 3)
+
+    def run():
+        if config.TABLE[key] == broken:
+            return [expected * 1.5]
+        if config.TABLE[key].stages == 2 and config.TABLE[key] != in_use:
+            raise RuntimeError("out of resources")
+        return [expected]
+
+    def timer(run):
+        run()
+        return {in_use: 3.0, right: 1.0, broken: 0.5}.get(config.TABLE[key], 2.0)
+
+    best = tune.fastest(key, 80, run, timer)
+    assert best == right
+    assert config.TABLE == before
+    config.save_table(tmp_path / "tables" / "t.json", {key: best}, "a device")
+    monkeypatch.setattr(config, "TABLE", dict(before))
+    config.use_table(tmp_path / "tables" / "t.json")
+    assert config.TABLE == {**before, key: right}
+
+
+def test_tuning_all_kernels(monkeypatch, tmp_path):
+    """The interpreter runs what is timed; nothing is clearly faster, so the table stays."""
+    monkeypatch.setattr(dispatch, "architecture", lambda device: 80)
+    two = [config.TileConfig(64, 64, 4, 2, 1), config.TileConfig(32, 64, 4, 2, 1)]
+    monkeypatch.setattr(tune, "candidates", lambda key, shared: iter(two))
+    timed, lines = [], []
+
+    def timer(run):
+        timed.append(run())
+        return 1.0
+
+    entries = tune.tune(
+        tmp_path / "t.json",
+        (torch.bfloat16,),
+        (16,),
+        device=torch.device(DEVICE),
+        grid=TokenGrid(1, 8, 16),
+        heads=1,
+        timer=timer,
+        report=lines.append,
+    )
+    assert {key[1] for key in entries} == {"forward", "dq", "dkdv"}
+    assert all(config.TABLE[key] == entry for key, entry in entries.items())
+    assert len(lines) == 3 and len(timed) == 9
+    config.use_table(tmp_path / "t.json")
+
+
+def test_candidates_fit_shared_memory():
+    for key in config.TABLE:
+        found = list(tune.candidates(key, 99 * 1024))
+        assert len(found) == len(set(found))
+        assert found
+        for entry in found:
+            tiles = (entry.rows + 2 * entry.stages * entry.step) * key[3] * key[2]
+            assert tiles * entry.per_sm <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("nonsense", "no table of `nabla tune`"),
+        ('{"entries": [{"key": ["sm80"], "config": {"rows": 1}}]}', "no table of `nabla tune`"),
+        (
+            '{"entries": [{"key": ["sm1", "dq", 2, 64], "config": '
+            '{"rows": 64, "step": 64, "warps": 4, "stages": 2, "per_sm": 1}}]}',
+            "entries of no kernel",
+        ),
+        (
+            '{"entries": [{"key": ["sm80", "dq", 2, 64], "config": '
+            '{"rows": 48, "step": 64, "warps": 4, "stages": 2, "per_sm": 1}}]}',
+            "rows=48",
+        ),
+    ],
+)
+def test_bad_tables(text, message, tmp_path):
+    before = dict(config.TABLE)
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config.use_table(tmp_path / "t.json")
+    assert config.TABLE == before
