@@ -81,7 +81,7 @@ DEFAULTS = {
 TABLE = {(family, *key): config for _, family in CHIPS.values() for key, config in DEFAULTS.items()}
 TABLE |= {
     ("sm80", "dkdv", 2, 256): TileConfig(64, 16, 8, 2, 1),
-    ("sm80", "dkdv", 4, 128): TileConfig(32, 16, 8, 2, 1),
+    ("sm80", "dkdv", 4, 128): TileConfig(32, 32, 8, 2, 1),
     ("sm86", "forward", 2, 64): TileConfig(64, 32, 4, 2, 2),
     ("sm86", "forward", 2, 128): TileConfig(64, 32, 4, 2, 2),
     ("sm86", "dq", 2, 128): TileConfig(64, 32, 4, 2, 1),
