@@ -18,7 +18,7 @@ from nabla.triton.blocks import dot, grid_run, head_ptr
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 ONE = tl.constexpr(2.0**38)  # 1 in fixed point
-MEAN_ROWS = 16
+MEAN_ROWS = 8
 LOGITS_TILE = 64
 
 
