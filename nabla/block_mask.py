@@ -125,6 +125,8 @@ class BlockMask:
     ) -> BlockMask:
         """Make a mask of lists: the inverse of `indices`.
 
+        Reads whether the lists fit, which synchronises with the device.
+
         Args:
             counts: How many blocks each row keeps, integers [B, H, Nq].
             indices: The key blocks of each row, integers [B, H, Nq, n]: first those it keeps, each
@@ -144,6 +146,14 @@ class BlockMask:
                 "their lengths [B, H, Nq]"
             )
         listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+        fits = (counts >= 0) & (counts <= indices.shape[-1])
+        fits = fits.all() & (~listed | (indices >= 0) & (indices < num)).all()
+        _require(
+            fits,
+            "indices names a key block that the grid does not have, or counts is no length of its "
+            "lists: blocks count from 0",
+            f"; there are {num} in {grid}, and the lists have {indices.shape[-1]} entries",
+        )
         columns = torch.where(listed, indices, num).long()  # unlisted ones: a spare column
         keep = torch.zeros(*counts.shape, num + 1, dtype=torch.bool, device=counts.device)
         keep = keep.scatter(-1, columns, True)[..., :num]
@@ -223,15 +233,11 @@ class BlockMask:
                 "have "
                 f"{'up to ' if grid.is_ragged else ''}{grid.block_size} tokens: give its own grid"
             )
-        partial = mask.kv_num_blocks.any()
         message = (
             "the flex mask has partial blocks, whose tokens mask_mod decides: "
             "only masks of whole blocks can be converted"
         )
-        if torch.compiler.is_compiling():  # values are not known yet: checked when the graph runs
-            torch._assert_async(~partial, message)
-        elif partial:
-            raise ValueError(message)
+        _require(~mask.kv_num_blocks.any(), message)
         if mask.full_kv_num_blocks is None:
             raise ValueError(message)
         counts, indices = mask.full_kv_num_blocks, mask.full_kv_indices
@@ -252,6 +258,14 @@ class BlockMask:
             f"BlockMask(B={batch}, H={heads}, Nq={rows}, Nk={columns}, grid={self.grid}, "
             f"window={self.window}, q_block_offset={self.q_block_offset}, device={self.device})"
         )
+
+
+def _require(condition: Tensor, message: str, details: str = "") -> None:
+    """Raise a ValueError unless a condition on values holds."""
+    if torch.compiler.is_compiling():  # values are not known yet: checked when the graph runs
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message + details)
 
 
 def sliding_tile_mask(

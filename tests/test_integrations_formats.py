@@ -10,6 +10,7 @@ import nabla
 from nabla import BlockMask, TokenGrid
 from nabla.integrations.formats import (
     BSRMask,
+    CudnnMask,
     from_bsr,
     from_cudnn,
     from_fa4,
@@ -119,3 +120,25 @@ def test_partial_blocks_are_refused():
 def test_another_grid_is_refused(there, back):
     with pytest.raises(ValueError, match="has 2 blocks"):
         back(there(random_mask(WHOLE, density=1.0)), grid=(2, 8, 8))
+
+
+BROKEN_LISTS = {
+    "counted from 1": ([2, 2, 2, 2], [[1, 4]] * 4),
+    "negative": ([1, 1, 1, 1], [[-1, 0]] * 4),
+    "too long": ([3, 0, 0, 0], [[0, 1]] * 4),
+    "negative length": ([-1, 0, 0, 0], [[0, 1]] * 4),
+}
+
+
+@pytest.mark.parametrize("counts, lists", BROKEN_LISTS.values(), ids=BROKEN_LISTS)
+def test_lists_that_do_not_fit_are_refused(counts, lists):
+    counts, lists = torch.tensor([[counts]]), torch.tensor([[lists]])
+    with pytest.raises(ValueError, match="does not have, or counts .* there are 4 in"):
+        from_cudnn(CudnnMask(lists, counts), grid=(1, 16, 16))
+
+
+@pytest.mark.parametrize("indptr", [[0, 1, 2, 3, 6], [0, 3, 2, 3, 4], [-1, 1, 2, 3, 4]], ids=str)
+def test_offsets_that_do_not_ascend_are_refused(indptr):
+    bsr = BSRMask(torch.tensor(indptr), torch.arange(4))
+    with pytest.raises(ValueError, match="indptr does not ascend within the 4 indices"):
+        from_bsr(bsr, grid=(1, 16, 16))

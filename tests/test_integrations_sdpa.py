@@ -64,6 +64,7 @@ LEFT = {
     "causal": (X, X, X, None, 0.0, True),
     "three_dimensions": (X[0],) * 3,
     "other_value": (X, X, tokens(960, dim=16)),
+    "empty_batch": (X[:0],) * 3,
 }
 
 
@@ -88,6 +89,41 @@ def test_nothing_taken_is_a_warning():
     with pytest.warns(UserWarning, match="no self-attention over 960 tokens ran within override"):
         with override(GRID):
             F.scaled_dot_product_attention(*[tokens(64)] * 3)
+
+
+def test_nested_tensors_are_left():
+    x = torch.nested.nested_tensor([torch.randn(2, 960, 32), torch.randn(2, 70, 32)])
+    expected = F.scaled_dot_product_attention(x, x, x)
+    with pytest.warns(UserWarning, match="no self-attention"), override(GRID):
+        out = F.scaled_dot_product_attention(x, x, x)
+    for ours, theirs in zip(out.unbind(), expected.unbind(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:no self-attention")
+def test_a_scale_that_is_a_tensor_is_left():
+    scale = torch.tensor(0.2)
+    expected = F.scaled_dot_product_attention(X, X, X, scale=scale)
+    with override(GRID, top_p=0.1):
+        assert torch.equal(F.scaled_dot_product_attention(X, X, X, scale=scale), expected)
+
+
+def test_what_sdpa_refuses_is_refused():
+    q, k = tokens(960, heads=6), tokens(960, heads=2)
+    with override(GRID) as calls:
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(q, k, k)
+        one = tokens(960, heads=1)
+        F.scaled_dot_product_attention(q, one, one)  # broadcast, as SDPA does
+    assert calls.taken == 1
+
+
+def test_each_time_nothing_is_taken_is_a_warning():
+    context = override(GRID)
+    with context:
+        F.scaled_dot_product_attention(X, X, X)
+    with pytest.warns(UserWarning, match="NABLA computed nothing"), context:
+        F.scaled_dot_product_attention(X[:, :, 1:], X[:, :, 1:], X[:, :, 1:])
 
 
 def test_nesting_and_errors():
@@ -168,6 +204,8 @@ BAD = {
     "window": ({"grid": GRID, "window": (2, 1, 1)}, "three odd extents"),
     "leading": ({"grid": GRID, "leading": -1}, "leading=-1 is not a number of tokens"),
     "top_p": ({"grid": GRID, "top_p": 90}, "top_p=90 .* looks like a percentage"),
+    "top_p of heads": ({"grid": GRID, "top_p": [0.5, 2.0]}, "top_p"),
+    "top_p in words": ({"grid": GRID, "top_p": "much"}, "top_p"),
     "backend": ({"grid": GRID, "backend": "flex"}, "backend='flex' is unknown"),
 }
 
@@ -220,6 +258,14 @@ def test_transformers_vision_model():
     assert calls.taken == 2
     model.set_attn_implementation("sdpa")
     assert torch.equal(hidden(model, x), dense)
+
+
+def test_transformers_with_another_grid_is_dense_and_says_so():
+    x = torch.randn(1, 3, 96, 160)
+    register("nabla", grid=(1, 24, 40), top_p=0.4)  # the class token is forgotten
+    with pytest.warns(UserWarning, match="self-attention over 961 tokens is not over the 960"):
+        out = hidden(vision_transformer("nabla"), x)
+    assert torch.equal(out, hidden(vision_transformer("sdpa"), x))
 
 
 def test_transformers_gets_its_masks_and_sdpa_where_nabla_does_not_fit():

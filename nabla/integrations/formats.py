@@ -99,6 +99,8 @@ def from_cudnn(
 ) -> BlockMask:
     """Make a mask of cuDNN's lists.
 
+    Reads whether they fit the grid, which synchronises with the device.
+
     Args:
         lists: Lists int32 [B, H, Nq, n] of key blocks, n at most Nk, and their lengths [B, H, Nq].
         grid: The grid of the tokens, or its (frames, height, width).
@@ -143,6 +145,8 @@ def from_bsr(
 ) -> BlockMask:
     """Make a mask of a block-sparse matrix.
 
+    Reads whether it fits the grid, which synchronises with the device.
+
     Args:
         bsr: Offsets int32 [B, H, Nq + 1] or [Nq + 1], and key blocks int32 [n].
         grid: The grid of the tokens, or its (frames, height, width).
@@ -154,6 +158,11 @@ def from_bsr(
     indptr, indices = bsr
     indptr = indptr.view(1, 1, -1) if indptr.dim() == 1 else indptr
     lengths = indptr.diff(dim=-1)
+    if indptr.min() < 0 or indptr.max() > indices.numel() or lengths.min() < 0:
+        raise ValueError(
+            f"indptr does not ascend within the {indices.numel()} indices: give offsets as to_bsr "
+            "makes them"
+        )
     width = max(int(lengths.max()), 1)
     column = torch.arange(width, device=indptr.device)
     at = (indptr[..., :-1, None] + column).clamp(max=max(indices.numel() - 1, 0))

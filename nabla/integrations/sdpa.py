@@ -7,6 +7,7 @@ with override(grid=(frames, height, width)):   attention over those tokens  ->  
 from __future__ import annotations
 
 import contextlib
+import numbers
 import threading
 import warnings
 from collections.abc import Sequence
@@ -31,9 +32,10 @@ class override(TorchFunctionMode):  # noqa: N801
 
     Takes the calls of F.scaled_dot_product_attention, on [B, H, S, D], that have as many queries
     and keys as there are tokens, no mask, no dropout, and are not causal; all other calls stay what
-    they are. Cross-attention between two sequences of just this length looks the same, and is taken
-    too. Applies to the thread that enters the context. Of nested contexts the inner one is first. A
-    context that took no call warns on exit.
+    they are. What it takes is differentiable once, in reverse, and not under vmap. Cross-attention
+    between two sequences of just this length looks the same, and is taken too. Applies to the
+    thread that enters the context. Of nested contexts the inner one is first. A context that took
+    no call warns on exit.
 
     Args:
         grid: The grid of the tokens in raster order, or its (frames, height, width).
@@ -61,7 +63,11 @@ class override(TorchFunctionMode):  # noqa: N801
     ) -> None:
         super().__init__()
         self.attend = SelfAttention(grid, top_p, window, leading, backend)
-        self.taken = 0
+        self.taken = self._taken_before = 0
+
+    def __enter__(self):
+        self._taken_before = self.taken
+        return super().__enter__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -98,7 +104,7 @@ class override(TorchFunctionMode):  # noqa: N801
 
     def __exit__(self, exc_type, exc_value, traceback):
         super().__exit__(exc_type, exc_value, traceback)
-        if exc_type is None and self.taken == 0:
+        if exc_type is None and self.taken == self._taken_before:
             warnings.warn(
                 f"no self-attention over {self.attend.num_tokens} tokens ran within override(): "
                 f"NABLA computed nothing; {self.attend.grid} is not the grid of the model's tokens",
@@ -112,27 +118,40 @@ class SelfAttention:
     def __init__(self, grid, top_p, window, leading, backend):
         self.grid: TokenGrid = as_grid(grid)
         self.window: Window | None = check_window(window)
-        if not isinstance(leading, int) or leading < 0:
+        if not isinstance(leading, int) or isinstance(leading, bool) or leading < 0:
             raise ValueError(f"leading={leading!r} is not a number of tokens: give 0 or more")
-        if not isinstance(top_p, Sequence | Tensor):
-            check_top_p(top_p, 1, torch.device("cpu"))
+        if not isinstance(top_p, Tensor):
+            is_listed = isinstance(top_p, Sequence) and not isinstance(top_p, str)
+            check_top_p(top_p, len(top_p) if is_listed else 1, torch.device("cpu"))
         check_backend(backend)
         self.leading = leading
         self.num_tokens = self.grid.num_tokens + leading
         self.options = {"top_p": top_p, "window": self.window, "backend": backend}
 
     def takes(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> bool:
-        """Whether a call is self-attention over these tokens."""
+        """Whether a call, which is right for SDPA, is self-attention over these tokens."""
         return (
             attn_mask is None
             and dropout_p == 0.0
             and not is_causal
+            and (scale is None or isinstance(scale, numbers.Real))
+            and not query.is_nested
             and query.dim() == 4
+            and query.numel() > 0
             and query.shape[2] == key.shape[2] == self.num_tokens
             and query.shape[0] == key.shape[0]
             and query.shape[3] == key.shape[3]
+            and (enable_gqa or key.shape[1] in (1, query.shape[1]))
             and key.shape == value.shape
             and query.dtype in DTYPES
         )

@@ -6,9 +6,11 @@ model.set_attn_implementation("nabla")    every other call                  ->  
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nabla.grid import TokenGrid
@@ -37,7 +39,8 @@ def register(
     """Make NABLA known under a name for `model.set_attn_implementation(name)`.
 
     It computes self-attention over the tokens of the grid where no mask, no dropout and no causal
-    order is asked for; the implementation "sdpa" computes everything else. Registering a name again
+    order is asked for; the implementation "sdpa" computes everything else, and a warning says so
+    where only the number of tokens is another. Registering a name again
     replaces its settings.
 
     Args:
@@ -72,7 +75,17 @@ def register(
         changes_scores = any(
             kwargs.get(key) is not None for key in ("position_bias", "softcap", "cache")
         )
-        if changes_scores or not attend.takes(query, key, value, attention_mask, dropout, causal):
+        call = (query, key, value, attention_mask, dropout, causal, scaling)
+        if changes_scores or not attend.takes(*call, enable_gqa=True):
+            length = query.shape[2]
+            is_free = attention_mask is None and not causal and dropout == 0.0
+            is_other = key.shape[2] == length != attend.num_tokens
+            if is_free and is_other and not torch.compiler.is_compiling():
+                warnings.warn(
+                    f"self-attention over {length} tokens is not over the {attend.num_tokens} of "
+                    f"{attend.grid} and `leading`: it runs as 'sdpa'",
+                    stacklevel=2,
+                )
             return sdpa_attention_forward(
                 module,
                 query,

@@ -116,7 +116,7 @@ def _from_flex(mask: FlexBlockMask, num_tokens: int) -> BlockMask:
         raise ValueError(
             f"attn_mask has mask_mod={getattr(mask.mask_mod, '__name__', mask.mask_mod)!r}: only "
             "masks of whole blocks without a mask_mod can be used; for others use the backend "
-            "'flex', or pass a nabla.BlockMask"
+            "'flex', or pass a nabla.BlockMask (not its to_flex())"
         )
     block_size = mask.BLOCK_SIZE[1]
     return BlockMask.from_flex(mask, grid=TokenGrid(1, 1, num_tokens, block=(1, 1, block_size)))
