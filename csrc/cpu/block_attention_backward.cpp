@@ -4,12 +4,14 @@
 //
 // Query and key blocks are cut into the same number of chunks. In round r, one task takes query
 // chunk c with key chunk (c + r) mod chunks: no two tasks of a round share a row of dQ, dK or dV,
-// and every row receives its sums in an order that depends on the shape alone. So nothing is atomic
-// or computed twice, and the result has the same bits at every thread count.
+// and every row receives its sums in an order that depends on shape and mask alone. So nothing is
+// atomic or computed twice, and the result has the same bits at every thread count.
 #include "cpu/block_attention.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
+
+#include <algorithm>
 
 namespace nabla::cpu::NABLA_ISA {
 namespace {
@@ -17,6 +19,7 @@ namespace {
 constexpr int kMostChunkBlocks = 64;   // more sums would leave the caches
 constexpr int kFewestChunkBlocks = 8;  // fewer would pack each query block too often
 constexpr int kRoundTasks = 16;        // wanted between these bounds, to feed the threads
+constexpr int kFewestPairs = 4;        // kept key blocks of a query block in a chunk, on average
 
 template <class T>
 struct BackwardArrays {
@@ -196,14 +199,31 @@ void compute_delta(const AttentionBackwardParams& p) {
     });
 }
 
-// How many chunks the query blocks and the key blocks are cut into.
+// Kept key blocks of a query block, on average.
+int64_t mean_kept(const AttentionParams& f) {
+    const int words = (f.blocks.count + 31) / 32, rest = f.blocks.count % 32;
+    const uint32_t last = rest ? (1u << rest) - 1 : ~0u;  // the bits after it are anything
+    int64_t kept = 0;
+    for (int b = 0; b < f.batch; ++b)
+        for (int h = 0; h < f.heads; ++h)
+            for (int i = 0; i < f.q_blocks; ++i) {
+                const uint32_t* bits = bits_row(f, b, h, i);
+                for (int w = 0; w < words; ++w)
+                    kept += __builtin_popcount(w + 1 < words ? bits[w] : bits[w] & last);
+            }
+    return kept / (static_cast<int64_t>(f.batch) * f.heads * f.q_blocks);
+}
+
+// How many chunks the query blocks and the key blocks are cut into: by the mask alone, so that
+// sums have one order. A query block is packed once for each chunk of which it keeps a part.
 int count_chunks(const AttentionParams& f) {
     const auto divide_up = [](int n, int by) { return (n + by - 1) / by; };
     const int fewer = f.q_blocks < f.blocks.count ? f.q_blocks : f.blocks.count;
     const int for_cache = divide_up(fewer, kMostChunkBlocks),
               most = divide_up(fewer, kFewestChunkBlocks);
     const int for_threads = divide_up(kRoundTasks, f.batch * f.kv_heads);
-    const int wanted = for_cache > for_threads ? for_cache : for_threads;
+    const int for_pairs = std::max(2, static_cast<int>(mean_kept(f) / kFewestPairs));
+    const int wanted = std::max(for_cache, std::min(for_threads, for_pairs));
     return wanted < most ? wanted : most;
 }
 

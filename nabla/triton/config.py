@@ -84,6 +84,7 @@ TABLE |= {
     ("sm80", "dkdv", 4, 128): TileConfig(32, 32, 8, 2, 1),
     ("sm86", "forward", 2, 64): TileConfig(64, 32, 4, 2, 2),
     ("sm86", "forward", 2, 128): TileConfig(64, 32, 4, 2, 2),
+    ("sm86", "forward", 4, 64): TileConfig(32, 16, 4, 2, 2),
     ("sm86", "dq", 2, 128): TileConfig(64, 32, 4, 2, 1),
     ("sm86", "dq", 2, 256): TileConfig(64, 16, 8, 2, 1),
     ("sm86", "dkdv", 2, 256): TileConfig(64, 16, 8, 2, 1),
