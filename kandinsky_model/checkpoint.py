@@ -168,7 +168,7 @@ def save_checkpoint(
         (folder / f"{stem}{INDEX}").unlink(missing_ok=True)
 
 
-# --- headers -----------------------------------------------------------------------------------
+# Headers.
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-# --- configs -----------------------------------------------------------------------------------
+# Configs.
 
 
 def _config(header: Header) -> CrossDiTConfig:
@@ -391,7 +391,7 @@ def _fitting_model(header: Header, config: CrossDiTConfig) -> CrossDiT:
     return model
 
 
-# --- shards ------------------------------------------------------------------------------------
+# Shards.
 
 
 def _shards(sizes: dict[str, int], max_size: int | None) -> list[list[str]]:

@@ -36,7 +36,7 @@ GB = 10**9
 RESERVE = 1 * GB
 
 
-# --- the plan ----------------------------------------------------------------------------------
+# The plan.
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _gb(size: int) -> str:
     return f"{size / GB:.2f} GB"
 
 
-# --- streaming ---------------------------------------------------------------------------------
+# Streaming.
 
 
 @contextmanager
