@@ -1,0 +1,355 @@
+// The functions of cuda/ptx.cuh, which documents them, on a CPU.
+//
+// A thread of a CTA is a fiber; what blocks on the hardware blocks here. Each function takes the
+// place of its call last: for messages, and so that a test can have one call ignored at run time.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+#define NABLA_KERNEL(threads, min_ctas) void
+#define NABLA_DEVICE inline
+#define NABLA_HOST_DEVICE inline
+#define NABLA_GRID_CONSTANT
+#define NABLA_UNROLL
+#define NABLA_NO_UNROLL
+
+namespace nabla::emulation {
+
+// A call in a kernel's source.
+struct Site {
+    const char* file;
+    int line;
+
+    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
+};
+
+// A tensor of up to four dimensions in global memory and the box that one copy takes from it.
+struct TensorMap {
+    const void* data;
+    uint32_t element_bytes;
+    uint64_t extents[4];  // elements, innermost first; 1 where there are fewer dimensions
+    uint64_t strides[4];  // bytes; that of the innermost is element_bytes
+    uint32_t box[4];      // elements
+    bool swizzle_128;     // 128-byte swizzle; rows of the box are then at most 128 bytes
+};
+
+struct LaunchShape {
+    const char* name;
+    uint32_t ctas;
+    uint32_t threads;
+    uint32_t shared_bytes;
+    void* stream;
+};
+
+enum class Type : uint8_t { kBFloat16, kFloat16 };
+enum class Shuffle : uint8_t { kIndex, kXor, kUp, kDown };
+enum class Vote : uint8_t { kBallot, kAny, kAll };
+enum class Reduce : uint8_t { kAdd, kMax, kMin, kOr };
+enum class Atomic : uint8_t { kAdd, kOr };
+
+// What does not depend on types, of the instructions below.
+void load_shared(void* value, uint32_t address, uint32_t bytes, Site site);
+void store_shared(uint32_t address, const void* value, uint32_t bytes, Site site);
+void load_global(void* value, const void* address, uint32_t bytes, Site site);
+void store_global(void* address, const void* value, uint32_t bytes, Site site);
+uint32_t atomic_shared(Atomic operation, uint32_t address, uint32_t value, Site site);
+uint32_t atomic_global(Atomic operation, uint32_t* address, uint32_t value, Site site);
+uint32_t shuffle(Shuffle kind, uint32_t value, uint32_t argument, Site site);
+uint32_t vote(Vote kind, bool predicate, Site site);
+uint32_t reduce(Reduce kind, uint32_t value, Site site);
+void bulk_wait(uint32_t pending, bool read, Site site);
+void copy_async_wait(uint32_t pending, Site site);
+void wgmma_wait(uint32_t pending, Site site);
+// One of `a` and `a_descriptor` is used: `a` where it is not null.
+void wgmma(Type type, int n, float* d, const uint32_t* a, uint64_t a_descriptor,
+           uint64_t b_descriptor, bool accumulate, bool transpose_a, bool transpose_b, Site site);
+void ldmatrix_x4(uint32_t* registers, uint32_t row_address, bool transpose, Site site);
+void mma_m16n8k16(Type type, float* d, const uint32_t* a, const uint32_t* b, Site site);
+void set_max_registers(int registers, bool up, Site site);
+// Reports a value that was computed from an accumulator which wgmma had not finished.
+void check_not_in_flight(float value, Site site);
+void run(const LaunchShape& shape, const std::function<void()>& kernel);
+
+uint16_t to_bits(Type type, float value);
+float from_bits(Type type, uint16_t bits);
+
+}  // namespace nabla::emulation
+
+namespace nabla::ptx {
+
+using emulation::LaunchShape;
+using emulation::Site;
+using emulation::TensorMap;
+
+struct BFloat16 {
+    static constexpr auto kType = emulation::Type::kBFloat16;
+    uint16_t bits;
+};
+struct Float16 {
+    static constexpr auto kType = emulation::Type::kFloat16;
+    uint16_t bits;
+};
+
+struct alignas(8) U32x2 {
+    uint32_t v[2];
+};
+struct alignas(16) U32x4 {
+    uint32_t v[4];
+};
+struct alignas(8) F32x2 {
+    float v[2];
+};
+struct alignas(16) F32x4 {
+    float v[4];
+};
+
+template <class To, class From>
+To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "a cast keeps the bits, so the sizes are equal");
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+template <class T>
+constexpr bool is_access() {
+    return sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16;
+}
+
+uint32_t thread_index();
+uint32_t cta_index();
+uint32_t num_ctas();
+uint32_t num_threads();
+uint32_t lane_index();
+uint32_t warp_index();
+uint32_t shared_base();
+
+template <class T>
+T load_shared(uint32_t address, Site site = Site::here()) {
+    static_assert(is_access<T>(), "a load takes 1, 2, 4, 8 or 16 bytes");
+    T value;
+    emulation::load_shared(&value, address, sizeof(T), site);
+    return value;
+}
+template <class T>
+void store_shared(uint32_t address, const T& value, Site site = Site::here()) {
+    static_assert(is_access<T>(), "a store takes 1, 2, 4, 8 or 16 bytes");
+    emulation::store_shared(address, &value, sizeof(T), site);
+}
+template <class T>
+T load_global(const T* address, Site site = Site::here()) {
+    static_assert(is_access<T>(), "a load takes 1, 2, 4, 8 or 16 bytes");
+    T value;
+    emulation::load_global(&value, address, sizeof(T), site);
+    return value;
+}
+template <class T>
+T load_global_nc(const T* address, Site site = Site::here()) {
+    return load_global(address, site);
+}
+template <class T>
+void store_global(T* address, const std::common_type_t<T>& value, Site site = Site::here()) {
+    static_assert(is_access<T>(), "a store takes 1, 2, 4, 8 or 16 bytes");
+    if constexpr (std::is_same_v<T, float>) emulation::check_not_in_flight(value, site);
+    emulation::store_global(address, &value, sizeof(T), site);
+}
+
+inline uint32_t atomic_add_global(uint32_t* address, uint32_t value, Site site = Site::here()) {
+    return emulation::atomic_global(emulation::Atomic::kAdd, address, value, site);
+}
+inline uint32_t atomic_or_global(uint32_t* address, uint32_t value, Site site = Site::here()) {
+    return emulation::atomic_global(emulation::Atomic::kOr, address, value, site);
+}
+inline uint32_t atomic_add_shared(uint32_t address, uint32_t value, Site site = Site::here()) {
+    return emulation::atomic_shared(emulation::Atomic::kAdd, address, value, site);
+}
+inline uint32_t atomic_or_shared(uint32_t address, uint32_t value, Site site = Site::here()) {
+    return emulation::atomic_shared(emulation::Atomic::kOr, address, value, site);
+}
+void reduce_add_global(float* address, float value, Site site = Site::here());
+
+void sync_cta(Site site = Site::here());
+void barrier_sync(uint32_t id, uint32_t threads, Site site = Site::here());
+void barrier_arrive(uint32_t id, uint32_t threads, Site site = Site::here());
+void sync_warp(Site site = Site::here());
+
+template <class T>
+T shuffle(T value, uint32_t source_lane, Site site = Site::here()) {
+    return bit_cast<T>(emulation::shuffle(emulation::Shuffle::kIndex, bit_cast<uint32_t>(value),
+                                          source_lane, site));
+}
+template <class T>
+T shuffle_xor(T value, uint32_t mask, Site site = Site::here()) {
+    return bit_cast<T>(
+        emulation::shuffle(emulation::Shuffle::kXor, bit_cast<uint32_t>(value), mask, site));
+}
+template <class T>
+T shuffle_up(T value, uint32_t delta, Site site = Site::here()) {
+    return bit_cast<T>(
+        emulation::shuffle(emulation::Shuffle::kUp, bit_cast<uint32_t>(value), delta, site));
+}
+template <class T>
+T shuffle_down(T value, uint32_t delta, Site site = Site::here()) {
+    return bit_cast<T>(
+        emulation::shuffle(emulation::Shuffle::kDown, bit_cast<uint32_t>(value), delta, site));
+}
+
+inline uint32_t ballot(bool predicate, Site site = Site::here()) {
+    return emulation::vote(emulation::Vote::kBallot, predicate, site);
+}
+inline bool any(bool predicate, Site site = Site::here()) {
+    return emulation::vote(emulation::Vote::kAny, predicate, site) != 0;
+}
+inline bool all(bool predicate, Site site = Site::here()) {
+    return emulation::vote(emulation::Vote::kAll, predicate, site) != 0;
+}
+
+inline uint32_t reduce_add(uint32_t value, Site site = Site::here()) {
+    return emulation::reduce(emulation::Reduce::kAdd, value, site);
+}
+inline uint32_t reduce_max(uint32_t value, Site site = Site::here()) {
+    return emulation::reduce(emulation::Reduce::kMax, value, site);
+}
+inline uint32_t reduce_min(uint32_t value, Site site = Site::here()) {
+    return emulation::reduce(emulation::Reduce::kMin, value, site);
+}
+inline uint32_t reduce_or(uint32_t value, Site site = Site::here()) {
+    return emulation::reduce(emulation::Reduce::kOr, value, site);
+}
+
+bool elect_one(Site site = Site::here());
+
+void mbarrier_init(uint32_t mbarrier, uint32_t count, Site site = Site::here());
+void fence_mbarrier_init(Site site = Site::here());
+void mbarrier_arrive(uint32_t mbarrier, Site site = Site::here());
+void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes, Site site = Site::here());
+bool mbarrier_try_wait(uint32_t mbarrier, uint32_t parity, Site site = Site::here());
+void mbarrier_wait(uint32_t mbarrier, uint32_t parity, Site site = Site::here());
+
+void copy_tensor_4d(uint32_t destination, const TensorMap* map, uint32_t mbarrier, int32_t c0,
+                    int32_t c1, int32_t c2, int32_t c3, Site site = Site::here());
+inline void prefetch_tensor_map(const TensorMap*) {}
+void copy_bulk(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier,
+               Site site = Site::here());
+void fence_proxy_async(Site site = Site::here());
+void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes,
+                         Site site = Site::here());
+void bulk_commit(Site site = Site::here());
+template <int kPending>
+void bulk_wait(Site site = Site::here()) {
+    emulation::bulk_wait(kPending, false, site);
+}
+template <int kPending>
+void bulk_wait_read(Site site = Site::here()) {
+    emulation::bulk_wait(kPending, true, site);
+}
+
+void copy_async_16(uint32_t destination, const void* source, uint32_t valid_bytes = 16,
+                   Site site = Site::here());
+void copy_async_commit(Site site = Site::here());
+template <int kPending>
+void copy_async_wait(Site site = Site::here()) {
+    emulation::copy_async_wait(kPending, site);
+}
+
+void wgmma_fence(Site site = Site::here());
+void wgmma_commit(Site site = Site::here());
+template <int kPending>
+void wgmma_wait(Site site = Site::here()) {
+    emulation::wgmma_wait(kPending, site);
+}
+template <class T, int kCount>
+void keep_in_place(T (&)[kCount]) {}
+
+inline uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes,
+                                  uint32_t stride_bytes) {
+    return uint64_t{(address >> 4) & 0x3fffu} | uint64_t{(leading_bytes >> 4) & 0x3fffu} << 16 |
+           uint64_t{(stride_bytes >> 4) & 0x3fffu} << 32 | uint64_t{1} << 62;
+}
+
+template <class T, int kN, bool kTransposeB>
+void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
+              Site site = Site::here()) {
+    static_assert(kN == 64 || kN == 128, "products of 64 or 128 columns are written out here");
+    emulation::wgmma(T::kType, kN, d, a, 0, b, accumulate, false, kTransposeB, site);
+}
+template <class T, int kN, bool kTransposeA, bool kTransposeB>
+void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate,
+              Site site = Site::here()) {
+    static_assert(kN == 64 || kN == 128, "products of 64 or 128 columns are written out here");
+    emulation::wgmma(T::kType, kN, d, nullptr, a, b, accumulate, kTransposeA, kTransposeB, site);
+}
+
+template <int kRegisters>
+void set_max_registers_up(Site site = Site::here()) {
+    emulation::set_max_registers(kRegisters, true, site);
+}
+template <int kRegisters>
+void set_max_registers_down(Site site = Site::here()) {
+    emulation::set_max_registers(kRegisters, false, site);
+}
+
+inline void ldmatrix_x4(uint32_t (&registers)[4], uint32_t row_address, Site site = Site::here()) {
+    emulation::ldmatrix_x4(registers, row_address, false, site);
+}
+inline void ldmatrix_x4_trans(uint32_t (&registers)[4], uint32_t row_address,
+                              Site site = Site::here()) {
+    emulation::ldmatrix_x4(registers, row_address, true, site);
+}
+void stmatrix_x4(uint32_t row_address, const uint32_t (&registers)[4], Site site = Site::here());
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  Site site = Site::here()) {
+    emulation::mma_m16n8k16(T::kType, d, a, b, site);
+}
+
+inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+inline float exp2(float x) { return flush(::exp2f(flush(x))); }
+inline float log2(float x) { return ::log2f(flush(x)); }
+inline float reciprocal(float x) { return flush(1.0f / flush(x)); }
+
+template <class T>
+uint32_t pack(float low, float high, Site site = Site::here()) {
+    emulation::check_not_in_flight(low, site);
+    emulation::check_not_in_flight(high, site);
+    return emulation::to_bits(T::kType, low) | uint32_t{emulation::to_bits(T::kType, high)} << 16;
+}
+template <class T>
+F32x2 unpack(uint32_t x) {
+    return {emulation::from_bits(T::kType, static_cast<uint16_t>(x)),
+            emulation::from_bits(T::kType, static_cast<uint16_t>(x >> 16))};
+}
+template <class T>
+float to_float(T x) {
+    return emulation::from_bits(T::kType, x.bits);
+}
+template <class T>
+T from_float(float x, Site site = Site::here()) {
+    emulation::check_not_in_flight(x, site);
+    return {emulation::to_bits(T::kType, x)};
+}
+
+inline uint32_t popcount(uint32_t x) { return static_cast<uint32_t>(__builtin_popcount(x)); }
+inline uint32_t trailing_zeros(uint32_t x) {
+    return x ? static_cast<uint32_t>(__builtin_ctz(x)) : 32;
+}
+inline uint32_t leading_zeros(uint32_t x) {
+    return x ? static_cast<uint32_t>(__builtin_clz(x)) : 32;
+}
+
+void nanosleep(uint32_t nanoseconds);
+
+// Run kernel(arguments...) on a grid; returns when it is done.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const LaunchShape& shape,
+            const Arguments&... arguments) {
+    emulation::run(shape, [&] { kernel(arguments...); });
+}
+
+}  // namespace nabla::ptx
