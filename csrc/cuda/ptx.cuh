@@ -410,11 +410,10 @@ NABLA_DEVICE void fence_proxy_async() {
 // destination[i] += source[i], float, in any order; `bytes` a multiple of 16, both aligned to 16.
 // Belongs to the thread's current bulk group.
 NABLA_DEVICE void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes) {
-    asm volatile(
-        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-            destination),
-        "r"(source), "r"(bytes)
-        : "memory");
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                     destination),
+                 "r"(source), "r"(bytes)
+                 : "memory");
 }
 NABLA_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
@@ -487,37 +486,38 @@ NABLA_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes
 //   a[r]: row 16 warp + lane / 4 + 8 (r & 1), columns 8 (r >> 1) + 2 (lane & 3) and the next
 // kTransposeA, kTransposeB: not K but M or N is contiguous in shared memory.
 template <class T, int kN, bool kTransposeB>
-NABLA_DEVICE void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b,
-                           bool accumulate);
+NABLA_DEVICE void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 template <class T, int kN, bool kTransposeA, bool kTransposeB>
 NABLA_DEVICE void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate);
 
-#define NABLA_D8(i)                                                                          \
+#define NABLA_D8(i)                                                                             \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
 #define NABLA_D32(i) NABLA_D8(i), NABLA_D8(i + 8), NABLA_D8(i + 16), NABLA_D8(i + 24)
-#define NABLA_R32                                                                        \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "   \
+#define NABLA_R32                                                                      \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
     "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NABLA_R64                                                                          \
-    NABLA_R32                                                                              \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "   \
+#define NABLA_R64                                                                        \
+    NABLA_R32                                                                            \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // a0 .. : numbers of the operands that follow the accumulators.
 #define NABLA_WGMMA_RS(n, type, registers, constraints, a0, a1, a2, a3, b0, acc, trans)          \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" acc ", 0;\n"                               \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" acc                                        \
+                 ", 0;\n"                                                                        \
                  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers   \
                  "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b0 ", p, 1, 1, %" trans ";\n}"     \
                  : constraints                                                                   \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int32_t{accumulate}), \
                    "n"(int32_t{kTransposeB}))
-#define NABLA_WGMMA_SS(n, type, registers, constraints, a0, b0, acc, trans_a, trans_b)            \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" acc ", 0;\n"                                \
-                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers    \
-                 "}, %" a0 ", %" b0 ", p, 1, 1, %" trans_a ", %" trans_b ";\n}"                   \
-                 : constraints                                                                    \
-                 : "l"(a), "l"(b), "r"(int32_t{accumulate}), "n"(int32_t{kTransposeA}),           \
+#define NABLA_WGMMA_SS(n, type, registers, constraints, a0, b0, acc, trans_a, trans_b)         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" acc                                      \
+                 ", 0;\n"                                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers \
+                 "}, %" a0 ", %" b0 ", p, 1, 1, %" trans_a ", %" trans_b ";\n}"                \
+                 : constraints                                                                 \
+                 : "l"(a), "l"(b), "r"(int32_t{accumulate}), "n"(int32_t{kTransposeA}),        \
                    "n"(int32_t{kTransposeB}))
 #define NABLA_D64 NABLA_D32(0), NABLA_D32(32)
 
@@ -530,13 +530,13 @@ NABLA_DEVICE void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t 
             NABLA_WGMMA_RS("64", "bf16", NABLA_R32, NABLA_D32(0), "32", "33", "34", "35", "36",
                            "37", "38");
         else
-            NABLA_WGMMA_RS("128", "bf16", NABLA_R64, NABLA_D64, "64", "65", "66", "67", "68",
-                           "69", "70");
+            NABLA_WGMMA_RS("128", "bf16", NABLA_R64, NABLA_D64, "64", "65", "66", "67", "68", "69",
+                           "70");
     } else {
         static_assert(std::is_same_v<T, Float16>, "the inputs are bf16 or fp16");
         if constexpr (kN == 64)
-            NABLA_WGMMA_RS("64", "f16", NABLA_R32, NABLA_D32(0), "32", "33", "34", "35", "36",
-                           "37", "38");
+            NABLA_WGMMA_RS("64", "f16", NABLA_R32, NABLA_D32(0), "32", "33", "34", "35", "36", "37",
+                           "38");
         else
             NABLA_WGMMA_RS("128", "f16", NABLA_R64, NABLA_D64, "64", "65", "66", "67", "68", "69",
                            "70");
@@ -549,14 +549,12 @@ NABLA_DEVICE void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accu
     if constexpr (std::is_same_v<T, BFloat16>) {
         if constexpr (kN == 64)
             NABLA_WGMMA_SS("64", "bf16", NABLA_R32, NABLA_D32(0), "32", "33", "34", "35", "36");
-        else
-            NABLA_WGMMA_SS("128", "bf16", NABLA_R64, NABLA_D64, "64", "65", "66", "67", "68");
+        else NABLA_WGMMA_SS("128", "bf16", NABLA_R64, NABLA_D64, "64", "65", "66", "67", "68");
     } else {
         static_assert(std::is_same_v<T, Float16>, "the inputs are bf16 or fp16");
         if constexpr (kN == 64)
             NABLA_WGMMA_SS("64", "f16", NABLA_R32, NABLA_D32(0), "32", "33", "34", "35", "36");
-        else
-            NABLA_WGMMA_SS("128", "f16", NABLA_R64, NABLA_D64, "64", "65", "66", "67", "68");
+        else NABLA_WGMMA_SS("128", "f16", NABLA_R64, NABLA_D64, "64", "65", "66", "67", "68");
     }
 }
 
@@ -598,10 +596,10 @@ NABLA_DEVICE void ldmatrix_x4_trans(uint32_t (&registers)[4], uint32_t row_addre
 
 // The reverse of ldmatrix_x4. sm_90
 NABLA_DEVICE void stmatrix_x4(uint32_t row_address, const uint32_t (&registers)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     row_address),
-                 "r"(registers[0]), "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
+        "r"(registers[0]), "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
+        : "memory");
 }
 
 // d [16, 8] += a [16, 16] b [16, 8], T in, fp32 out.
@@ -695,23 +693,23 @@ struct LaunchShape {
 
 inline void check(cudaError_t status, const LaunchShape& shape) {
     if (status == cudaSuccess) return;
-    throw std::runtime_error(std::string("kernel '") + shape.name + "' (" +
-                             std::to_string(shape.ctas) + " CTAs of " +
-                             std::to_string(shape.threads) + " threads and " +
-                             std::to_string(shape.shared_bytes) +
-                             " bytes of shared memory): " + cudaGetErrorName(status) + ", " +
-                             cudaGetErrorString(status));
+    throw std::runtime_error(
+        std::string("kernel '") + shape.name + "' (" + std::to_string(shape.ctas) + " CTAs of " +
+        std::to_string(shape.threads) + " threads and " + std::to_string(shape.shared_bytes) +
+        " bytes of shared memory): " + cudaGetErrorName(status) + ", " +
+        cudaGetErrorString(status));
 }
 
 // Run kernel(arguments...) on a grid; returns when it is queued.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const LaunchShape& shape, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), const LaunchShape& shape,
+            const Arguments&... arguments) {
     if (shape.ctas == 0) return;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shape.shared_bytes)),
           shape);
     kernel<<<shape.ctas, shape.threads, shape.shared_bytes,
-             static_cast<cudaStream_t>(shape.stream)>>>(arguments...);
+             static_cast<cudaStream_t>(shape.stream)> > >(arguments...);
     check(cudaGetLastError(), shape);
 }
 

@@ -267,8 +267,7 @@ void wgmma_wait(Site site = Site::here()) {
 template <class T, int kCount>
 void keep_in_place(T (&)[kCount]) {}
 
-inline uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes,
-                                  uint32_t stride_bytes) {
+inline uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
     return uint64_t{(address >> 4) & 0x3fffu} | uint64_t{(leading_bytes >> 4) & 0x3fffu} << 16 |
            uint64_t{(stride_bytes >> 4) & 0x3fffu} << 32 | uint64_t{1} << 62;
 }
