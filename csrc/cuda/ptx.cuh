@@ -708,9 +708,12 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape,
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shape.shared_bytes)),
           shape);
-    kernel<<<shape.ctas, shape.threads, shape.shared_bytes,
-             static_cast<cudaStream_t>(shape.stream)> > >(arguments...);
-    check(cudaGetLastError(), shape);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(shape.ctas);
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(shape.stream);
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), shape);
 }
 
 }  // namespace nabla::ptx
