@@ -8,7 +8,7 @@ READY := .venv/ready
 BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sanitize gpu-check
+.PHONY: help setup demo test lint bench quality sanitize gpu-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,10 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## the benchmarks of the stages, on this machine
 	$(BIN)/python -m benchmarks.block_mask
 	$(BIN)/python -m benchmarks.block_attention
+
+quality: OUT ?= out/quality
+quality: $(READY)  ## does NABLA cost quality? Trains and compares tiny models, 40 minutes on two cores
+	$(BIN)/python -m benchmarks.quality $(OUT)
 
 # The sanitizers' runtime has to be there before torch throws: libasan alone would crash then.
 sanitize: $(READY)  ## the tests of the native kernels, built with address and undefined sanitizers

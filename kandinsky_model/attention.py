@@ -3,12 +3,13 @@
 q, k = rope(rmsnorm(x W))      in fp32, then cast to the model's dtype (upstream always to bf16)
 DenseAttention                 softmax(q k^T / sqrt(D)) v over all tokens
 NablaAttention                 the same over the blocks that nabla.create_block_mask keeps
+CalibratedAttention            NablaAttention with a top_p of its own in every layer and head
 MaskedAttention                the same over the blocks of one given mask
 UlyssesAttention               NablaAttention of tokens that several GPUs share
 All take q, k, v [B, H, S, D] in block order and return [B, H, S, D].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import nabla
 from nabla import distributed
+from nabla.inspect import Calibration
 
 
 class VisualAttention(Protocol):
@@ -41,7 +43,7 @@ class DenseAttention:
 class NablaAttention:
     """Attend to the key blocks that hold `top_p` of a query block's pooled map, or a window."""
 
-    top_p: float
+    top_p: float | Sequence[float]  # one value, or one per head
     window: tuple[int, int, int] | None = None
     backend: str = "auto"
 
@@ -54,6 +56,28 @@ class NablaAttention:
         return nabla.create_block_mask(
             q, k, grid=grid, top_p=self.top_p, window=self.window, backend=self.backend
         )
+
+
+@dataclass(frozen=True)
+class CalibratedAttention:
+    """NablaAttention with a top_p per layer and head, as `nabla.inspect.calibrate` finds it."""
+
+    calibration: Calibration
+    backend: str = "auto"
+
+    def layers(self, num_layers: int) -> list[NablaAttention]:
+        """The attention of each layer.
+
+        Raises:
+            ValueError: If the calibration is of another number of layers.
+        """
+        top_p, window = self.calibration.top_p, self.calibration.window
+        if len(top_p) != num_layers:
+            raise ValueError(
+                f"the calibration has {len(top_p)} layers and the model {num_layers}: "
+                "calibrate this model"
+            )
+        return [NablaAttention(layer, window, self.backend) for layer in top_p]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ branch  x + gate * f(norm(x) * (1 + scale) + shift),  shift, scale, gate from (t
 Attribute names are the keys of the public checkpoints.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import nabla
 from kandinsky_model.attention import (
     Attention,
+    CalibratedAttention,
     DenseAttention,
     NablaAttention,
     UlyssesAttention,
@@ -131,7 +132,7 @@ class CrossDiT(nn.Module):
         pooled_text: Tensor,
         timestep: Tensor,
         *,
-        attention: VisualAttention | None = None,
+        attention: VisualAttention | CalibratedAttention | None = None,
         cache: Callable[[Blocks, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Predict the velocity that carries data (t = 0) to noise (t = 1).
@@ -143,6 +144,7 @@ class CrossDiT(nn.Module):
             pooled_text: Pooled text features [B, in_text_dim2].
             timestep: Times in [0, 1], [B].
             attention: How visual tokens attend to each other; None follows the config,
+                CalibratedAttention(calibration) gives every layer and head its own top_p,
                 MaskedAttention(mask) forces one mask on every layer, and UlyssesAttention shares
                 the tokens out among several GPUs.
             cache: Runs the visual blocks on their tokens [B, S, model_dim], or knows better, as
@@ -171,10 +173,15 @@ class CrossDiT(nn.Module):
         if isinstance(attention, UlyssesAttention):
             visual = attention.shard(visual, grid)
             rope = attention.shard(rope[0], grid), attention.shard(rope[1], grid)
-        attend = partial(attention, grid=grid)
+        num_layers = len(self.visual_transformer_blocks)
+        if isinstance(attention, CalibratedAttention):
+            layers: Sequence[VisualAttention] = attention.layers(num_layers)
+        else:
+            layers = [attention] * num_layers
 
         def blocks(visual: Tensor) -> Tensor:
-            for block in self.visual_transformer_blocks:
+            for block, layer in zip(self.visual_transformer_blocks, layers, strict=True):
+                attend = partial(layer, grid=grid)
                 visual = self._run(block, visual, text, time_embed, rope, attend)
             return visual
 

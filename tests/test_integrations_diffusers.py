@@ -23,6 +23,8 @@ from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import create_block_mask
 
 import nabla
+from nabla.inspect import Calibration, calibrate
+from nabla.inspect.observe import observing
 from nabla.integrations.diffusers import disable, enable, nabla_attention
 
 HEADS, D = 2, 32
@@ -847,3 +849,22 @@ def ulysses_worker(rank, directory):
 def test_ulysses(tmp_path):
     """Two processes of diffusers' context parallelism compute what one does."""
     torch.multiprocessing.spawn(ulysses_worker, (str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.parametrize("make", [kandinsky5, kandinsky6_sr], ids=["kandinsky5", "kandinsky6-sr"])
+def test_a_calibration_gives_every_layer_its_own_top_p(make):
+    transformer = make(layers=2)
+    inputs = (kandinsky5_inputs if make is kandinsky5 else kandinsky6_sr_inputs)()
+    with enable(transformer, top_p=1.0), torch.no_grad():
+        curves = calibrate(transformer, lambda: transformer(**inputs), window=(3, 1, 1))
+    chosen = curves.choose(0.1)
+    assert [len(layer) for layer in chosen] == [HEADS, HEADS]
+    seen = []
+    with enable(transformer, top_p=chosen):
+        with observing(transformer, lambda call: seen.append((call.q, call.k, call.mask))):
+            transformer(**inputs)
+    for (q, k, mask), top_p in zip(seen, chosen, strict=True):
+        expected = nabla.create_block_mask(q, k, grid=mask.grid, top_p=top_p, window=(3, 1, 1))
+        assert torch.equal(mask.to_dense(), expected.to_dense())
+    with pytest.raises(ValueError, match="calibration of 1 layers"):
+        enable(transformer, top_p=Calibration(chosen.top_p[:1], None, 0.1, 1.0))

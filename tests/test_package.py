@@ -121,7 +121,9 @@ def code_blocks(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "code", code_blocks("python"), ids=["drop_in", "stages", "diffusers", "presets"]
+    "code",
+    code_blocks("python"),
+    ids=["drop_in", "stages", "diffusers", "calibration", "presets"],
 )
 def test_readme_runs(code, tmp_path):
     python("-c", code, cwd=tmp_path)

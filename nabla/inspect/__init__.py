@@ -1,7 +1,17 @@
-"""What people look at: the mass a mask retains, pictures of masks, and the machine they run on."""
+"""What people look at: masks, what a model keeps and what that costs, the machine it runs on."""
 
+from nabla.inspect.calibration import Calibration, calibrate
+from nabla.inspect.density import DensityReport, density_report
 from nabla.inspect.environment import environment
 from nabla.inspect.picture import draw_mask
 from nabla.inspect.recall import recall
 
-__all__ = ["draw_mask", "environment", "recall"]
+__all__ = [
+    "Calibration",
+    "DensityReport",
+    "calibrate",
+    "density_report",
+    "draw_mask",
+    "environment",
+    "recall",
+]

@@ -54,7 +54,7 @@ def draw_mask(
         ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If the mask has no such head, batch element or query block.
     """
-    figure_class = _figure_class()
+    new_figure = figure_class()
     grid, (num_batches, num_heads, num_rows, _) = mask.grid, mask.shape
     heads = list(range(min(4, num_heads)) if heads is None else heads)
     first, stop = mask.q_block_offset, min(mask.q_block_offset + num_rows, grid.num_grid_blocks)
@@ -73,7 +73,7 @@ def draw_mask(
         )
 
     panels = _Panels(grid, query_block)
-    figure: Figure = figure_class(
+    figure: Figure = new_figure(
         figsize=(BITMAP_INCHES + panels.width + 1.3, len(heads) * panels.row_height + 0.8),
         facecolor="white",
     )
@@ -253,7 +253,7 @@ def _check_choice(name: str, value: int, choices: range) -> None:
         )
 
 
-def _figure_class() -> type[Figure]:
+def figure_class() -> type[Figure]:
     """A Figure that draws without a display, and without pyplot's global state."""
     try:
         from matplotlib.figure import Figure

@@ -24,6 +24,7 @@ except ImportError as error:
         "pip install 'diffusers>=0.42'"
     ) from error
 
+from nabla.inspect import Calibration
 from nabla.integrations.diffusers.models import ATTRIBUTE, FAMILIES, Installed
 
 __all__ = ["enable", "disable", "nabla_attention"]
@@ -31,7 +32,7 @@ __all__ = ["enable", "disable", "nabla_attention"]
 
 def enable(
     pipe_or_transformer: Any,
-    top_p: float | Sequence[float] | Tensor | None = None,
+    top_p: float | Sequence[float] | Tensor | Calibration | None = None,
     window: Sequence[int] | None = None,
     *,
     backend: str = "auto",
@@ -45,10 +46,11 @@ def enable(
     Args:
         pipe_or_transformer: A transformer of Kandinsky 5, Kandinsky 6 SR, Wan or HunyuanVideo, also
             compiled or wrapped, or a pipeline with one as `transformer` or `transformer_2`.
-        top_p: The attention mass of the pooled map to keep, in (0, 1]; one value, or one per head.
-            None is what the transformer was made for, or else 0.9.
+        top_p: The attention mass of the pooled map to keep, in (0, 1]; one value, one per head, or
+            the Calibration of a transformer (see `nabla.inspect.calibrate`). None is what the
+            transformer was made for, or else 0.9.
         window: Odd extents (frames, height, width), in blocks, around each block that are kept too.
-            None is what the transformer was made for, or else no window.
+            None is that of the calibration, what the transformer was made for, or else no window.
         backend: "auto", or the name of a backend (see `nabla.backends`).
 
     Returns:

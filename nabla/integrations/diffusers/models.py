@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nabla.checks import check_top_p, check_window
 from nabla.dispatch import check_backend
 from nabla.grid import TokenGrid
+from nabla.inspect import Calibration
 from nabla.integrations.diffusers.attention import Plan
 from nabla.integrations.diffusers.processors import (
     PLAN,
@@ -45,6 +46,8 @@ class Installed:
         self.model = model
         self.backend = backend
         default_top_p, default_window = self.made_for(model.config)
+        if isinstance(top_p, Calibration) and window is None:
+            default_window = top_p.window
         self.top_p = default_top_p if top_p is None else top_p
         self.window = check_window(default_window if window is None else window)
         self.patch = self.patch_size(model.config)
@@ -52,7 +55,15 @@ class Installed:
         self.attentions = [getattr(layer, self.attn) for layer in self.layers]
         self.handles: list[Any] = []
         self.plan: Plan | None = None
-        for module in self.attentions:
+        self.layer_top_p: Sequence[Any] = [None] * len(self.attentions)
+        if isinstance(self.top_p, Calibration):
+            self.layer_top_p = self.top_p.top_p
+            if len(self.layer_top_p) != len(self.attentions):
+                raise ValueError(
+                    f"top_p is a calibration of {len(self.top_p)} layers, and "
+                    f"{type(model).__name__} has {len(self.attentions)}: calibrate this model"
+                )
+        for module, layer_top_p in zip(self.attentions, self.layer_top_p, strict=True):
             host = getattr(module.processor, "host", module.processor)
             if type(host).__name__ != self.host_processor:
                 raise ValueError(
@@ -60,7 +71,8 @@ class Installed:
                     f"enable() would replace: set a {self.host_processor} before"
                 )
             heads = module.num_heads if hasattr(module, "num_heads") else module.heads
-            check_top_p(self.top_p, heads, torch.device("cpu"))
+            top_p = self.top_p if layer_top_p is None else layer_top_p
+            check_top_p(top_p, heads, torch.device("cpu"))
         check_backend(backend)
 
     def made_for(self, config: Any) -> tuple[float, Sequence[int] | None]:
@@ -73,8 +85,8 @@ class Installed:
 
     def install(self) -> None:
         """Set the processors and hooks."""
-        for module in self.attentions:
-            module.set_processor(self.processor(module.processor))
+        for module, top_p in zip(self.attentions, self.layer_top_p, strict=True):
+            module.set_processor(self.processor(module.processor, top_p))
         self.handles = [
             self.model.register_forward_pre_hook(self.before, with_kwargs=True),
             self.model.register_forward_hook(self.after, always_call=True),

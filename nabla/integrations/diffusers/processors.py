@@ -6,6 +6,8 @@ q, k, v  ->  nabla_attention under the plan of the forward  ->  output projectio
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +19,26 @@ PLAN = "nabla_plan"  # the key of the plan in sparse_params
 
 
 class NablaProcessor:
-    """Stands before the host's processor, which keeps what is set on it meanwhile."""
+    """Stands before the host's processor, which keeps what is set on it meanwhile.
 
-    def __init__(self, host: Any) -> None:
+    Args:
+        host: The host's processor.
+        top_p: Of this layer, one value a head; None is that of the plan.
+    """
+
+    def __init__(self, host: Any, top_p: Sequence[float] | None = None) -> None:
         self.host = host
+        self.top_p = top_p
+
+    def plan_of(self, plan: Any) -> Plan:
+        """The plan of the forward, as this layer follows it."""
+        if not isinstance(plan, Plan):
+            raise RuntimeError(
+                "NABLA attention ran without the forward of its transformer, which tells it the "
+                "grid: call the transformer, not one of its blocks; after changing its processors "
+                "or hooks call nabla.integrations.diffusers.enable(pipe) again"
+            )
+        return plan if self.top_p is None else replace(plan, top_p=self.top_p)
 
     @property
     def _attention_backend(self):
@@ -46,7 +64,7 @@ class _KandinskyProcessor(NablaProcessor):
 
     def attend(self, attn: Any, hidden_states: Tensor, rope: Any, sparse_params: Any) -> Tensor:
         """Attend hidden_states [B, S, C] under RoPE [..., S, 1, D / 2, 2, 2]."""
-        plan = _plan_of((sparse_params or {}).get(PLAN))
+        plan = self.plan_of((sparse_params or {}).get(PLAN))
         heads = (attn.num_heads, -1)
         query = attn.to_query(hidden_states).unflatten(-1, heads)
         key = attn.to_key(hidden_states).unflatten(-1, heads)
@@ -88,8 +106,8 @@ class Kandinsky6SRNablaProcessor(_KandinskyProcessor):
 class WanNablaProcessor(NablaProcessor):
     """Self-attention of Wan: the host's processor, with a plan for a mask."""
 
-    def __init__(self, host: Any) -> None:
-        super().__init__(host)
+    def __init__(self, host: Any, top_p: Sequence[float] | None = None) -> None:
+        super().__init__(host, top_p)
         self.inner = copy.copy(host)
         self.inner._attention_backend = NABLA
 
@@ -104,7 +122,8 @@ class WanNablaProcessor(NablaProcessor):
         """Attend hidden_states [B, S, C]; the plan is behind the cosines and sines of RoPE."""
         *rope, plan = rotary_emb or (None,)
         self.inner._parallel_config = self._parallel_config
-        return self.inner(attn, hidden_states, encoder_hidden_states, _plan_of(plan), tuple(rope))
+        plan = self.plan_of(plan)
+        return self.inner(attn, hidden_states, encoder_hidden_states, plan, tuple(rope))
 
 
 class HunyuanVideoNablaProcessor(WanNablaProcessor):
@@ -122,13 +141,3 @@ class HunyuanVideoNablaProcessor(WanNablaProcessor):
         return super().__call__(
             attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
         )
-
-
-def _plan_of(plan: Any) -> Plan:
-    if not isinstance(plan, Plan):
-        raise RuntimeError(
-            "NABLA attention ran without the forward of its transformer, which tells it the grid: "
-            "call the transformer, not one of its blocks; after changing its processors or hooks "
-            "call nabla.integrations.diffusers.enable(pipe) again"
-        )
-    return plan
