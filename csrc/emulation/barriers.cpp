@@ -42,7 +42,7 @@ void Cta::barrier(uint32_t id, uint32_t count, bool wait, uint32_t site) {
         if (wait) acquire(thread, knowledge);
     } else if (wait) {
         barrier.waiting.push_back(&thread);
-        block(thread, site);
+        block(thread, site, {});
     }
 }
 

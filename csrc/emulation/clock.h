@@ -7,20 +7,19 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 #include <vector>
 
 namespace nabla::emulation {
 
 // One access: agent and clock, with flags of the access above them.
-struct Epoch {
+struct alignas(8) Epoch {
     uint32_t clock = 0;  // 0: no access
     uint16_t agent = 0;
     uint16_t flags = 0;
 
-    bool operator==(const Epoch& other) const {
-        return clock == other.clock && agent == other.agent && flags == other.flags;
-    }
+    bool operator==(const Epoch& other) const { return memcmp(this, &other, sizeof(Epoch)) == 0; }
 };
 
 class Knowledge;

@@ -100,8 +100,9 @@ void Cta::issue_bulk_copy(BulkCopy copy, uint32_t mbarrier_address) {
     copy.phase = barrier.phase;
     const Access access{{barrier.phase + 1, static_cast<uint16_t>(barrier.agent), kAsync},
                         copy.site};
+    Shadow::Memo memo;
     report_conflict(shadow.write(ThreadObserver(*this, thread), access,
-                                 copy.destination - kSharedBase, copy.bytes),
+                                 copy.destination - kSharedBase, copy.bytes, memo),
                     copy.site);
     memset(shared(copy.destination), 0xff, copy.bytes);
     ++barrier.copies_in_flight;
@@ -237,8 +238,9 @@ void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes, Si
     const uint32_t group = thread.bulk_committed + 1;
     const emulation::Access access{
         {group, static_cast<uint16_t>(thread.bulk_agent), emulation::kAsync}, site};
+    emulation::Shadow::Memo memo;
     cta.report_conflict(cta.shadow.read(emulation::ThreadObserver(cta, thread), access,
-                                        source - Cta::kSharedBase, bytes),
+                                        source - Cta::kSharedBase, bytes, memo),
                         site);
     cta.reductions.push_back({&thread, destination, source, bytes, group, site, false, {}});
     const auto schedule = cta.launch.settings.schedule;

@@ -184,10 +184,10 @@ void Cta::wake(Thread& thread) {
     ready_warps_ |= 1u << thread.warp;
 }
 
-void Cta::block(Thread& thread, uint32_t site, std::string detail) {
+void Cta::block(Thread& thread, uint32_t site, Wait wait) {
     if (thread.state != State::kPolling) thread.state = State::kWaiting;
     thread.wait_site = site;
-    thread.wait_detail = std::move(detail);
+    thread.wait = wait;
     switch_context(thread.context, scheduler_);
 }
 
@@ -277,12 +277,15 @@ void Cta::report_deadlock() {
             for (uint32_t other = lane; other < 32; ++other) {
                 const Thread& o = threads[w * 32 + other];
                 if (warps[w].alive >> other & 1 && o.wait_site == thread.wait_site &&
-                    o.wait_detail == thread.wait_detail)
+                    o.wait == thread.wait)
                     same |= 1u << other;
             }
             told |= same;
             text << separator << lanes_text(same) << " in " << sites.text(thread.wait_site);
-            if (!thread.wait_detail.empty()) text << " " << thread.wait_detail;
+            if (thread.wait.mbarrier)
+                text << " for parity " << thread.wait.parity << " of the mbarrier at "
+                     << thread.wait.mbarrier - kSharedBase;
+            if (thread.wait.what) text << " for " << thread.wait.what;
             separator = "; ";
         }
         const uint32_t gone = ~warps[w].alive;
@@ -445,14 +448,16 @@ void Cta::read_shared(const Thread& thread, uint32_t address, uint32_t bytes, ui
                       uint16_t flags) {
     const Access access{{thread.now, static_cast<uint16_t>(thread.index), flags}, site};
     const ThreadObserver observer(*this, thread);
-    report_conflict(shadow.read(observer, access, address - kSharedBase, bytes), site);
+    Shadow::Memo memo;
+    report_conflict(shadow.read(observer, access, address - kSharedBase, bytes, memo), site);
 }
 
 void Cta::write_shared(const Thread& thread, uint32_t address, uint32_t bytes, uint32_t site,
                        uint16_t flags) {
     const Access access{{thread.now, static_cast<uint16_t>(thread.index), flags}, site};
     const ThreadObserver observer(*this, thread);
-    report_conflict(shadow.write(observer, access, address - kSharedBase, bytes), site);
+    Shadow::Memo memo;
+    report_conflict(shadow.write(observer, access, address - kSharedBase, bytes, memo), site);
 }
 
 }  // namespace nabla::emulation

@@ -101,12 +101,23 @@ struct ThreadCopy {
     uint32_t site;
 };
 
+// What a thread waits for, besides the call in which it waits.
+struct Wait {
+    const char* what = nullptr;
+    uint32_t mbarrier = 0;  // address; 0 for none
+    uint32_t parity = 0;
+
+    bool operator==(const Wait& other) const {
+        return what == other.what && mbarrier == other.mbarrier && parity == other.parity;
+    }
+};
+
 struct Thread {
     uint32_t index = 0, warp = 0, lane = 0;
     Context context;
     State state = State::kReady;
-    uint32_t wait_site = 0;   // of the call that waits
-    std::string wait_detail;  // for what
+    uint32_t wait_site = 0;  // of the call that waits
+    Wait wait;
 
     // What the thread knows: what it has learnt, and of itself and its warp what follows.
     KnowledgeRef known;
@@ -278,7 +289,7 @@ class Cta {
     void maybe_yield(Thread& thread);
     void yield(Thread& thread);
     // Until somebody calls wake.
-    void block(Thread& thread, uint32_t site, std::string detail = {});
+    void block(Thread& thread, uint32_t site, Wait wait);
     void wake(Thread& thread);
     [[noreturn]] void fail(const std::string& what, uint32_t site);
 
@@ -289,7 +300,7 @@ class Cta {
             compute(reinterpret_cast<Argument* const*>(warps[thread.warp].arguments));
             release_warp(thread);
         } else {
-            block(thread, site, "for the other lanes of its warp");
+            block(thread, site, {"the other lanes of its warp"});
         }
         ++thread.position;
     }

@@ -266,7 +266,7 @@ void set_max_registers(int registers, bool up, Site where) {
     cta.collective(thread, site, nothing, [&](int* const*) {
         while (32 * (registers - before) > cta.free_registers) {
             cta.waiting_for_registers.push_back(&thread);
-            cta.block(thread, site, "for registers that other warps hold");
+            cta.block(thread, site, {"registers that other warps hold"});
         }
         cta.free_registers -= 32 * (registers - before);
         warp.registers = registers;
@@ -334,36 +334,6 @@ void mma_m16n8k16(Type type, float* d, const uint32_t* a, const uint32_t* b, Sit
                 lanes[lane]->d[i] += sum;
             }
     });
-}
-
-// ---- conversions ----
-
-uint16_t to_bits(Type type, float value) {
-    const auto bits = ptx::bit_cast<uint32_t>(value);
-    if (type == Type::kBFloat16) {
-        if (value != value) return 0x7fff;
-        return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    }
-    const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-    if (value != value) return 0x7fff;
-    const float magnitude = std::fabs(value);
-    if (magnitude >= 65520.0f) return sign | 0x7c00;
-    if (magnitude < 0x1p-14f)  // denormal: multiples of 2^-24, rounded by the addition
-        return static_cast<uint16_t>(
-            sign | (ptx::bit_cast<uint32_t>(magnitude + 0.5f) - ptx::bit_cast<uint32_t>(0.5f)));
-    const uint32_t rounded = (bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1);
-    return static_cast<uint16_t>(sign | (rounded - (112u << 23)) >> 13);
-}
-
-float from_bits(Type type, uint16_t bits) {
-    if (type == Type::kBFloat16) return ptx::bit_cast<float>(uint32_t{bits} << 16);
-    const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
-    const uint32_t magnitude = bits & 0x7fffu;
-    if (magnitude >= 0x7c00)
-        return ptx::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-    // The exponent is 112 too small; the product with 2^112 is exact, for denormals too.
-    const float scaled = ptx::bit_cast<float>(magnitude << 13) * 0x1p112f;
-    return ptx::bit_cast<float>(sign | ptx::bit_cast<uint32_t>(scaled));
 }
 
 }  // namespace nabla::emulation
@@ -480,9 +450,7 @@ bool mbarrier_try_wait(uint32_t mbarrier, uint32_t parity, Site where) {
     if (cta.mbarrier_test(barrier, parity, site)) return true;
     barrier.waiting.push_back({&thread, parity});
     thread.state = emulation::State::kPolling;
-    cta.block(thread, site,
-              "for parity " + std::to_string(parity) + " of the mbarrier at " +
-                  std::to_string(mbarrier - Cta::kSharedBase));
+    cta.block(thread, site, {nullptr, mbarrier, parity});
     auto& waiting = barrier.waiting;
     waiting.erase(std::remove_if(waiting.begin(), waiting.end(),
                                  [&](const auto& waiter) { return waiter.thread == &thread; }),
@@ -499,9 +467,7 @@ void mbarrier_wait(uint32_t mbarrier, uint32_t parity, Site where) {
     Mbarrier& barrier = cta.mbarrier(mbarrier, site);
     while (!cta.mbarrier_test(barrier, parity, site)) {
         barrier.waiting.push_back({&thread, parity});
-        cta.block(thread, site,
-                  "for parity " + std::to_string(parity) + " of the mbarrier at " +
-                      std::to_string(mbarrier - Cta::kSharedBase));
+        cta.block(thread, site, {nullptr, mbarrier, parity});
     }
 }
 

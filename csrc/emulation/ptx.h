@@ -73,15 +73,58 @@ void ldmatrix_x4(uint32_t* registers, uint32_t row_address, bool transpose, Site
 void mma_m16n8k16(Type type, float* d, const uint32_t* a, const uint32_t* b, Site site);
 void set_max_registers(int registers, bool up, Site site);
 // Reports a value that was computed from an accumulator which wgmma had not finished.
-void check_not_in_flight(float value, Site site);
+[[noreturn]] void report_in_flight(Site site);
 void run(const LaunchShape& shape, const std::function<void()>& kernel);
 
-uint16_t to_bits(Type type, float value);
-float from_bits(Type type, uint16_t bits);
+template <class To, class From>
+To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "a cast keeps the bits, so the sizes are equal");
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+// What accumulators hold while wgmma works on them: a signalling NaN. Arithmetic makes it quiet and
+// keeps the payload.
+constexpr uint32_t kInFlightBits = 0x7fa5a5a5;
+
+inline void check_not_in_flight(float value, Site site) {
+    constexpr uint32_t kPayload = 0x7fbfffff;  // without the sign and the quiet bit
+    if ((bit_cast<uint32_t>(value) & kPayload) == kInFlightBits) report_in_flight(site);
+}
+
+// Rounds to nearest even.
+inline uint16_t to_bits(Type type, float value) {
+    const auto bits = bit_cast<uint32_t>(value);
+    if (value != value) return 0x7fff;
+    if (type == Type::kBFloat16)
+        return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+    const float magnitude = std::fabs(value);
+    if (magnitude >= 65520.0f) return sign | 0x7c00;
+    if (magnitude < 0x1p-14f)  // denormal: multiples of 2^-24, rounded by the addition
+        return static_cast<uint16_t>(
+            sign | (bit_cast<uint32_t>(magnitude + 0.5f) - bit_cast<uint32_t>(0.5f)));
+    const uint32_t rounded = (bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1);
+    return static_cast<uint16_t>(sign | (rounded - (112u << 23)) >> 13);
+}
+
+inline float from_bits(Type type, uint16_t bits) {
+    if (type == Type::kBFloat16) return bit_cast<float>(uint32_t{bits} << 16);
+    const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
+    const uint32_t magnitude = bits & 0x7fffu;
+    if (magnitude >= 0x7c00)
+        return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    // The exponent is 112 too small; the product with 2^112 is exact, for denormals too.
+    const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
+    return bit_cast<float>(sign | bit_cast<uint32_t>(scaled));
+}
 
 }  // namespace nabla::emulation
 
 namespace nabla::ptx {
+
+using emulation::bit_cast;
 
 using emulation::LaunchShape;
 using emulation::Site;
@@ -108,14 +151,6 @@ struct alignas(8) F32x2 {
 struct alignas(16) F32x4 {
     float v[4];
 };
-
-template <class To, class From>
-To bit_cast(const From& from) {
-    static_assert(sizeof(To) == sizeof(From), "a cast keeps the bits, so the sizes are equal");
-    To to;
-    memcpy(&to, &from, sizeof(To));
-    return to;
-}
 
 template <class T>
 constexpr bool is_access() {

@@ -42,55 +42,55 @@ Conflict Shadow::order(const Observer& observer, const Access& access, const Epo
 }
 
 Finding Shadow::read_cell(const Observer& observer, const Access& access, Cell& cell, Memo& memo) {
-    const bool known = memo.valid && memo.write == cell.write &&
-                       (memo.reads == cell.reads || !(cell.write.flags & kAtomic));
-    if (!known) {
-        if (!cell.write.clock && (access.epoch.flags & kAsync))
-            return {Conflict::kUnwritten, {}, 0};
-        const Conflict conflict = order(observer, access, cell.write);
-        if (conflict != Conflict::kNone) return {conflict, {cell.write, cell.site}, 0};
-        if (cell.write.flags & kAtomic)
-            for (uint32_t n = cell.reads; n; n = nodes_[n].earlier)
-                if ((nodes_[n].access.epoch.flags & kAtomic) &&
-                    !observer.has_seen(nodes_[n].access.epoch))
-                    return {Conflict::kWrite, nodes_[n].access, 0};
-        memo = {cell.write, cell.reads, true};
-    }
-    cell.reads = append(cell.reads, access);
+    if (!cell.write.clock && (access.epoch.flags & kAsync)) return {Conflict::kUnwritten, {}, 0};
+    const Conflict conflict = order(observer, access, cell.write);
+    if (conflict != Conflict::kNone) return {conflict, {cell.write, cell.site}, 0};
+    if (cell.write.flags & kAtomic)
+        for (uint32_t n = cell.reads; n; n = nodes_[n].earlier)
+            if ((nodes_[n].access.epoch.flags & kAtomic) &&
+                !observer.has_seen(nodes_[n].access.epoch))
+                return {Conflict::kWrite, nodes_[n].access, 0};
+    const uint32_t reads = append(cell.reads, access);
+    memo = {cell.write, cell.reads, reads, true};
+    cell.reads = reads;
     return {};
 }
 
 Finding Shadow::write_cell(const Observer& observer, const Access& access, Cell& cell, Memo& memo) {
     const bool both_atomic = (access.epoch.flags & kAtomic) && (cell.write.flags & kAtomic);
-    const bool known = memo.valid && memo.write == cell.write && memo.reads == cell.reads;
-    if (!known) {
-        if (!both_atomic) {
-            const Conflict conflict = order(observer, access, cell.write);
-            if (conflict != Conflict::kNone) return {conflict, {cell.write, cell.site}, 0};
-        }
-        for (uint32_t n = cell.reads; n; n = nodes_[n].earlier) {
-            const Access& earlier = nodes_[n].access;
-            if ((earlier.epoch.flags & kAtomic) && (access.epoch.flags & kAtomic)) continue;
-            if (!observer.has_seen(earlier.epoch)) return {Conflict::kRead, earlier, 0};
-        }
-        memo = {cell.write, cell.reads, true};
+    if (!both_atomic) {
+        const Conflict conflict = order(observer, access, cell.write);
+        if (conflict != Conflict::kNone) return {conflict, {cell.write, cell.site}, 0};
+    }
+    for (uint32_t n = cell.reads; n; n = nodes_[n].earlier) {
+        const Access& earlier = nodes_[n].access;
+        if ((earlier.epoch.flags & kAtomic) && (access.epoch.flags & kAtomic)) continue;
+        if (!observer.has_seen(earlier.epoch)) return {Conflict::kRead, earlier, 0};
     }
     // An earlier atomic stays, among the reads: whoever follows has to be ordered after each.
-    cell.reads = both_atomic ? append(cell.reads, {cell.write, cell.site}) : 0;
-    cell.write = access.epoch;
-    cell.site = access.site;
+    const uint32_t reads = both_atomic ? append(cell.reads, {cell.write, cell.site}) : 0;
+    memo = {cell.write, cell.reads, reads, true};
+    cell = {access.epoch, access.site, reads};
     return {};
 }
 
-template <class Visit>
-Finding Shadow::visit(uint32_t offset, uint32_t bytes, Visit visit) {
+// Call known(cell) for what the memo answers, and visit(cell) for the rest.
+template <class Known, class Visit>
+Finding Shadow::visit(uint32_t offset, uint32_t bytes, const Memo& memo, Known known, Visit visit) {
     for (uint32_t at = offset, end = offset + bytes; at < end;) {
         Cell& word = words_[at / 4];
         const bool whole = at % 4 == 0 && end - at >= 4;
+        if (whole && memo.valid && word.write == memo.write && word.reads == memo.reads) {
+            known(word);
+            at += 4;
+            continue;
+        }
         if (whole && !(word.write.flags & kSplit)) {
             Finding finding = visit(word);
-            finding.offset = at;
-            if (finding.conflict != Conflict::kNone) return finding;
+            if (finding.conflict != Conflict::kNone) {
+                finding.offset = at;
+                return finding;
+            }
             at += 4;
             continue;
         }
@@ -101,8 +101,10 @@ Finding Shadow::visit(uint32_t offset, uint32_t bytes, Visit visit) {
         std::array<Cell, 4>& parts = bytes_[at / 4];
         do {
             Finding finding = visit(parts[at % 4]);
-            finding.offset = at;
-            if (finding.conflict != Conflict::kNone) return finding;
+            if (finding.conflict != Conflict::kNone) {
+                finding.offset = at;
+                return finding;
+            }
             ++at;
         } while (at < end && at % 4);
         if (parts[0].write == parts[1].write && parts[1].write == parts[2].write &&
@@ -115,23 +117,28 @@ Finding Shadow::visit(uint32_t offset, uint32_t bytes, Visit visit) {
     return {};
 }
 
-Finding Shadow::read(const Observer& observer, Access access, uint32_t offset, uint32_t bytes) {
-    Memo memo;
-    return visit(offset, bytes,
-                 [&](Cell& cell) { return read_cell(observer, access, cell, memo); });
+Finding Shadow::read(const Observer& observer, const Access& access, uint32_t offset,
+                     uint32_t bytes, Memo& memo) {
+    return visit(
+        offset, bytes, memo, [&](Cell& cell) { cell.reads = memo.reads_after; },
+        [&](Cell& cell) { return read_cell(observer, access, cell, memo); });
 }
 
-Finding Shadow::write(const Observer& observer, Access access, uint32_t offset, uint32_t bytes) {
-    Memo memo;
-    return visit(offset, bytes,
-                 [&](Cell& cell) { return write_cell(observer, access, cell, memo); });
+Finding Shadow::write(const Observer& observer, const Access& access, uint32_t offset,
+                      uint32_t bytes, Memo& memo) {
+    return visit(
+        offset, bytes, memo,
+        [&](Cell& cell) { cell = {access.epoch, access.site, memo.reads_after}; },
+        [&](Cell& cell) { return write_cell(observer, access, cell, memo); });
 }
 
 void Shadow::land(uint32_t offset, uint32_t bytes, Epoch epoch) {
-    visit(offset, bytes, [&](Cell& cell) {
-        if (cell.write.flags & kInFlight) cell.write = epoch;
-        return Finding();
-    });
+    visit(
+        offset, bytes, Memo(), [](Cell&) {},
+        [&](Cell& cell) {
+            if (cell.write.flags & kInFlight) cell.write = epoch;
+            return Finding();
+        });
 }
 
 }  // namespace nabla::emulation

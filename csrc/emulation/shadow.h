@@ -41,9 +41,20 @@ class Shadow {
   public:
     void reset(uint32_t bytes);
 
+    // What was found of one word; words that were accessed alike need no second look. Holds for one
+    // observer and access.
+    struct Memo {
+        Epoch write;
+        uint32_t reads = 0;
+        uint32_t reads_after = 0;
+        bool valid = false;
+    };
+
     // `offset` and `bytes` lie within the memory; the first conflict is returned.
-    Finding read(const Observer& observer, Access access, uint32_t offset, uint32_t bytes);
-    Finding write(const Observer& observer, Access access, uint32_t offset, uint32_t bytes);
+    Finding read(const Observer& observer, const Access& access, uint32_t offset, uint32_t bytes,
+                 Memo& memo);
+    Finding write(const Observer& observer, const Access& access, uint32_t offset, uint32_t bytes,
+                  Memo& memo);
     // A copy in flight has landed: from here on it is an access of `epoch`.
     void land(uint32_t offset, uint32_t bytes, Epoch epoch);
 
@@ -62,15 +73,8 @@ class Shadow {
         uint32_t node = 0, result = 0;
         Epoch epoch;
     };
-    // The last cell that was found in order, since neighbours mostly are alike.
-    struct Memo {
-        Epoch write;
-        uint32_t reads = 0;
-        bool valid = false;
-    };
-
-    template <class Visit>
-    Finding visit(uint32_t offset, uint32_t bytes, Visit visit);
+    template <class Known, class Visit>
+    Finding visit(uint32_t offset, uint32_t bytes, const Memo& memo, Known known, Visit visit);
     Finding read_cell(const Observer& observer, const Access& access, Cell& cell, Memo& memo);
     Finding write_cell(const Observer& observer, const Access& access, Cell& cell, Memo& memo);
     Conflict order(const Observer& observer, const Access& access, const Epoch& write) const;

@@ -1,8 +1,7 @@
 // wgmma: issued by the lanes of a warp, computed later by its tensor cores.
 //
-// From issue to wait, the accumulators hold a signalling NaN that says so: arithmetic makes it
-// quiet, so that it is found if they were changed meanwhile, and keeps its payload, so that it is
-// found if a result came from it.
+// From issue to wait, the accumulators hold kInFlightBits: arithmetic on them shows, in the
+// accumulators when they are written and in its result when it is converted or stored.
 #include <algorithm>
 #include <cstring>
 
@@ -17,23 +16,22 @@
 namespace nabla::emulation {
 namespace {
 
-constexpr uint32_t kInFlightBits = 0x7fa5a5a5;
-constexpr uint32_t kQuietBit = 0x00400000;
 constexpr int kK = 16;     // of one instruction
 constexpr int kRows = 16;  // of a warp
-
-uint32_t bits(float x) { return ptx::bit_cast<uint32_t>(x); }
 
 // Of register i of a lane in an accumulator.
 int row(uint32_t lane, int i) { return static_cast<int>(lane / 4) + 8 * (i >> 1 & 1); }
 int column(uint32_t lane, int i) { return 8 * (i >> 2) + 2 * static_cast<int>(lane % 4) + (i & 1); }
 
-// values [16, n] += a [16, 16] b [16, n]
+// values [16, n] += a [16, 16] b [16, n], 64 columns at a time: those fit registers.
 NABLA_CLONES void multiply(float* values, const float* a, const float* b, int n) {
-    for (int i = 0; i < kRows; ++i)
-        for (int k = 0; k < kK; ++k) {
-            const float x = a[i * kK + k];
-            for (int j = 0; j < n; ++j) values[i * n + j] += x * b[k * n + j];
+    for (int j0 = 0; j0 < n; j0 += 64)
+        for (int i = 0; i < kRows; ++i) {
+            float sum[64];
+            for (int j = 0; j < 64; ++j) sum[j] = values[i * n + j0 + j];
+            for (int k = 0; k < kK; ++k)
+                for (int j = 0; j < 64; ++j) sum[j] += a[i * kK + k] * b[k * n + j0 + j];
+            for (int j = 0; j < 64; ++j) values[i * n + j0 + j] = sum[j];
         }
 }
 
@@ -101,8 +99,7 @@ class WgmmaObserver : public Observer {
 
 }  // namespace
 
-void check_not_in_flight(float value, Site where) {
-    if ((bits(value) & ~kQuietBit & 0x7fffffff) != kInFlightBits) return;
+void report_in_flight(Site where) {
     Cta& cta = Cta::current();
     uint32_t site;
     cta.enter(Instruction::kConvert, where, site);
@@ -212,25 +209,25 @@ void Cta::check_operands(uint32_t warp, Wgmma& op) {
     const Access access{{op.group, static_cast<uint16_t>(wgmma_agent(warp)), kAsync}, op.site};
     const auto check = [&](const char* name, uint64_t descriptor, bool transpose, int first_row,
                            int rows) {
-        const std::string wrong = std::string("wrong descriptor of ") + name + ": ";
         const Matrix matrix(descriptor, transpose);
-        if (descriptor >> 62 != 1) fail(wrong + "it has not the 128-byte swizzle", op.site);
-        if (descriptor & 0x3fff'c000'c000'c000u)
-            fail(wrong + "bits are set that have no meaning here", op.site);
+        const auto wrong = [&](const std::string& what) {
+            fail(std::string("wrong descriptor of ") + name + ": " + what, op.site);
+        };
+        if (descriptor >> 62 != 1) wrong("it has not the 128-byte swizzle");
+        if (descriptor & 0x3fff'c000'c000'c000u) wrong("bits are set that have no meaning here");
         if (matrix.start >> 7 & 7)
-            fail(wrong + "its rows of 128 bytes do not start at a multiple of 1024", op.site);
+            wrong("its rows of 128 bytes do not start at a multiple of 1024");
         if (transpose && matrix.start % 128)
-            fail(wrong + "a transposed matrix does not start at a multiple of 128", op.site);
+            wrong("a transposed matrix does not start at a multiple of 128");
         if (matrix.stride_bytes % 1024 || (transpose && matrix.leading_bytes % 1024))
-            fail(wrong + "its groups of 8 rows are not at multiples of 1024", op.site);
-        // Chunk by chunk, in the order of the rows, whose neighbours mostly are alike.
+            wrong("its groups of 8 rows are not at multiples of 1024");
+        Shadow::Memo memo;
         matrix.for_each_chunk(first_row, rows, [&](int, int, uint32_t address) {
             if (address < kSharedBase || address - kSharedBase + 16 > shared_bytes)
-                fail(wrong + "it reaches byte " +
-                         std::to_string(int64_t{address} - int64_t{kSharedBase}) + " of " +
-                         std::to_string(shared_bytes) + " of shared memory",
-                     op.site);
-            report_conflict(shadow.read(observer, access, address - kSharedBase, 16), op.site);
+                wrong("it reaches byte " + std::to_string(int64_t{address} - int64_t{kSharedBase}) +
+                      " of " + std::to_string(shared_bytes) + " of shared memory");
+            report_conflict(shadow.read(observer, access, address - kSharedBase, 16, memo),
+                            op.site);
         });
     };
     if (!op.a_in_registers)
@@ -238,38 +235,48 @@ void Cta::check_operands(uint32_t warp, Wgmma& op) {
     check("b", op.b_descriptor, op.transpose_b, 0, op.n);
 }
 
+namespace {
+
+// The operands of one warp as floats: a [16, 16] and b [16, n].
+template <Type kType>
+void read_operands(Cta& cta, uint32_t warp, const Wgmma& op, float* a, float* b) {
+    if (op.a_in_registers) {
+        for (int lane = 0; lane < 32; ++lane)
+            for (int r = 0; r < 4; ++r) {
+                float* pair = a + (lane / 4 + 8 * (r & 1)) * kK + 8 * (r >> 1) + 2 * (lane % 4);
+                pair[0] = from_bits(kType, static_cast<uint16_t>(op.a[lane][r]));
+                pair[1] = from_bits(kType, static_cast<uint16_t>(op.a[lane][r] >> 16));
+            }
+    } else {
+        const int first = kRows * static_cast<int>(warp % 4);
+        Matrix(op.a_descriptor, op.transpose_a)
+            .for_each_chunk(first, kRows, [&](int row, int k, uint32_t address) {
+                uint16_t chunk[8];
+                memcpy(chunk, cta.shared(address), 16);
+                float* at = a + (row - first) * kK + k;
+                const int step = op.transpose_a ? kK : 1;
+                for (int e = 0; e < 8; ++e) at[e * step] = from_bits(kType, chunk[e]);
+            });
+    }
+    Matrix(op.b_descriptor, op.transpose_b)
+        .for_each_chunk(0, op.n, [&](int row, int k, uint32_t address) {
+            uint16_t chunk[8];
+            memcpy(chunk, cta.shared(address), 16);
+            float* at = b + k * op.n + row;
+            const int step = op.transpose_b ? 1 : op.n;
+            for (int e = 0; e < 8; ++e) at[e * step] = from_bits(kType, chunk[e]);
+        });
+}
+
+}  // namespace
+
 void Cta::execute(uint32_t warp, Wgmma& op) {
     if (op.is_done) return;
     op.is_done = true;
     alignas(64) float a[kRows * kK];
     alignas(64) float b[kK * 256];
-    if (op.a_in_registers) {
-        for (uint32_t lane = 0; lane < 32; ++lane)
-            for (int r = 0; r < 4; ++r) {
-                const int i = static_cast<int>(lane / 4) + 8 * (r & 1);
-                const int k = 8 * (r >> 1) + 2 * static_cast<int>(lane % 4);
-                a[i * kK + k] = from_bits(op.type, static_cast<uint16_t>(op.a[lane][r]));
-                a[i * kK + k + 1] = from_bits(op.type, static_cast<uint16_t>(op.a[lane][r] >> 16));
-            }
-    } else {
-        const int first = kRows * static_cast<int>(warp % 4);
-        const Matrix matrix(op.a_descriptor, op.transpose_a);
-        matrix.for_each_chunk(first, kRows, [&](int i, int k, uint32_t address) {
-            uint16_t chunk[8];
-            memcpy(chunk, shared(address), 16);
-            for (int e = 0; e < 8; ++e)
-                a[op.transpose_a ? (i - first + e) * kK + k : (i - first) * kK + k + e] =
-                    from_bits(op.type, chunk[e]);
-        });
-    }
-    const Matrix matrix(op.b_descriptor, op.transpose_b);
-    matrix.for_each_chunk(0, op.n, [&](int j, int k, uint32_t address) {
-        uint16_t chunk[8];
-        memcpy(chunk, shared(address), 16);
-        for (int e = 0; e < 8; ++e)
-            b[op.transpose_b ? k * op.n + j + e : (k + e) * op.n + j] =
-                from_bits(op.type, chunk[e]);
-    });
+    if (op.type == Type::kBFloat16) read_operands<Type::kBFloat16>(*this, warp, op, a, b);
+    else read_operands<Type::kFloat16>(*this, warp, op, a, b);
     std::vector<float>& values = warps[warp].accumulators[op.accumulator].values;
     if (!op.accumulate) std::fill(values.begin(), values.end(), 0.0f);
     multiply(values.data(), a, b, op.n);
@@ -297,7 +304,7 @@ void Cta::finish_wgmmas(uint32_t w, uint32_t group) {
         for (uint32_t lane = 0; lane < 32; ++lane) {
             float* d = accumulator.d[lane];
             for (int i = 0; i < accumulator.n / 2; ++i) {
-                if (bits(d[i]) != kInFlightBits)
+                if (bit_cast<uint32_t>(d[i]) != kInFlightBits)
                     fail("accumulators have changed in lane " + std::to_string(lane) +
                              " while wgmma worked on them: no wgmma_wait comes before",
                          threads[w * 32 + lane].wait_site);

@@ -161,7 +161,30 @@ warp_kernel(const NABLA_GRID_CONSTANT WarpParams p) {
     store_image(p.image_out, shared, p.image_bytes);
 }
 
+NABLA_KERNEL(32, 1) sum_kernel(float* result) {
+    const float mine = 1.0f / static_cast<float>(3 + ptx::cta_index());
+    if (ptx::elect_one()) ptx::reduce_add_global(result, mine);
+}
+
+template <int kDown, int kUp>
+NABLA_KERNEL(512, 1)
+registers_kernel(int) {
+    if (ptx::warp_index() < 4) ptx::set_max_registers_down<kDown>();
+    else ptx::set_max_registers_up<kUp>();
+}
+
 }  // namespace
+
+void sum(float* result, int ctas) {
+    ptx::launch(sum_kernel, {"sum", static_cast<uint32_t>(ctas), 32, 0, nullptr}, result);
+}
+
+void registers(int threads, int down, int up) {
+    const ptx::LaunchShape shape{"registers", 1, static_cast<uint32_t>(threads), 0, nullptr};
+    if (down == 24 && up == 240) ptx::launch(registers_kernel<24, 240>, shape, 0);
+    if (down == 24 && up == 256) ptx::launch(registers_kernel<24, 256>, shape, 0);
+    if (down == 200 && up == 240) ptx::launch(registers_kernel<200, 240>, shape, 0);
+}
 
 void wgmma(const WgmmaParams& p) {
     if (p.type == 0)

@@ -177,7 +177,6 @@ NABLA_DEVICE void other_faults(const PipelineParams& p, uint32_t shared, Fault f
                              4 * ((warp * 32 + 32) % kConsumers + ptx::lane_index() / 4) +
                              ptx::lane_index() % 4))
             ptx::store_global(p.out, 1e30f);
-        ptx::barrier_sync(1, kConsumers);
     }
     if (fault == Fault::kMatrixNoBarrier) {
         ptx::store_shared(copies + 16 * thread, ptx::U32x4{{1, 2, 3, 4}});
@@ -198,10 +197,6 @@ NABLA_DEVICE void other_faults(const PipelineParams& p, uint32_t shared, Fault f
         if (fault == Fault::kReduceInFlight) return;
         ptx::barrier_sync(1, kConsumers);
         ptx::store_shared(shared + kSums + 4 * thread, 1.0f);
-        if (fault == Fault::kReduceOverwritten && warp == 0 && ptx::elect_one())
-            ptx::bulk_wait<0>();
-        if (fault == Fault::kNone && warp == 0 && ptx::elect_one()) ptx::bulk_wait<0>();
-        ptx::barrier_sync(1, kConsumers);
     }
     if (any_of(Fault::kSharedRace, Fault::kNoBarrier)) {
         ptx::store_shared(shared + kSums + 4 * (fault == Fault::kSharedRace ? 0 : thread),
@@ -309,7 +304,6 @@ NABLA_DEVICE void consume(const PipelineParams& p, uint32_t shared, Fault fault)
         const uint32_t column = 8 * (i >> 2) + 2 * (lane & 3) + (i & 1);
         ptx::store_global(p.out + (ptx::cta_index() * kTile + row) * kTile + column, d[i]);
     }
-    ptx::barrier_sync(1, kConsumers);
     other_faults(p, shared, fault);
 }
 
