@@ -4,11 +4,13 @@ JOBS ?= 2
 
 BIN := .venv/bin
 READY := .venv/ready
+# Kernels in public use, which the model of ours is compared with.
+REFERENCE := build/reference/ready
 # What an installation is made from: when one of these is newer than the stamp, install again.
 BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench quality sanitize gpu-check
+.PHONY: help setup demo test lint bench quality model sanitize gpu-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,7 +26,11 @@ $(READY): $(BUILT_FROM)
 demo: $(READY)  ## dense and NABLA attention side by side on a real clip, about two minutes
 	$(BIN)/nabla demo
 
-test: $(READY)  ## the test suite
+$(REFERENCE): benchmarks/reference.txt | $(READY)
+	$(BIN)/python -m pip download --no-deps --require-hashes --only-binary :all: --platform manylinux_2_24_x86_64 --dest $(@D) --requirement $<
+	@touch $@
+
+test: $(READY) $(REFERENCE)  ## the test suite
 	$(BIN)/python -m pytest --numprocesses $(JOBS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
 
@@ -40,6 +46,9 @@ bench: $(READY)  ## the benchmarks of the stages, on this machine
 quality: OUT ?= out/quality
 quality: $(READY)  ## does NABLA cost quality? Trains and compares tiny models, 40 minutes on two cores
 	$(BIN)/python -m benchmarks.quality $(OUT)
+
+model: $(READY) $(REFERENCE)  ## what the CUDA kernels can reach at most, by their machine code
+	$(BIN)/python -m benchmarks.bounds
 
 # The sanitizers' runtime has to be there before torch throws: libasan alone would crash then.
 sanitize: $(READY)  ## the tests of the native kernels, built with address and undefined sanitizers

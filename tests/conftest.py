@@ -26,13 +26,21 @@ def pytest_ignore_collect(collection_path):
     return True if is_other_test and dispatch.is_interpreted() else None
 
 
+TABLES = {  # by the property that a test records a line as
+    "resources": "resources of the Triton kernels, compiled ahead of time",
+    "cuda_resources": "resources of the CUDA kernels",
+    "model": "what main loops can reach at most, by their SASS (benchmarks/issue_model.py)",
+}
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Print what tests have recorded as a line of a table, also of those that passed."""
+    """Print what tests have recorded as lines of tables, also of those that passed."""
     reports = [r for name in ("passed", "failed") for r in terminalreporter.stats.get(name, ())]
-    lines = {value for r in reports for key, value in r.user_properties if key == "resources"}
-    if lines:
-        terminalreporter.section("resources of the Triton kernels, compiled ahead of time")
-        terminalreporter.write("\n".join(sorted(lines)) + "\n")
+    for table, title in TABLES.items():
+        lines = {value for r in reports for key, value in r.user_properties if key == table}
+        if lines:
+            terminalreporter.section(title)
+            terminalreporter.write("\n".join(sorted(lines)) + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -5,24 +5,21 @@ they would launch. Shown are the resources of each kernel; checked is what a tab
 """
 
 import re
-import subprocess
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.sass import resource_usage
 from nabla import TokenGrid, dispatch
 from nabla.triton import block_attention, block_mask, scores
 from nabla.triton.config import CHIPS, REGISTERS, TABLE, table_key, tile_config
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORES = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # elsewhere mma.sync
 TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor
 SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB of a multiprocessor
@@ -70,9 +67,8 @@ def resources(kernel, tmp_path):
     """What cuobjdump says that a kernel takes, such as REG and STACK."""
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
-    command = [CUOBJDUMP, "--dump-resource-usage", binary]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", report)}
+    (used,) = resource_usage(binary).values()
+    return used
 
 
 def programs_per_sm(kernel, registers, architecture):
