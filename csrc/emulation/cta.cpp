@@ -15,6 +15,8 @@ constexpr uint32_t kMoreAgents = 192;
 
 constexpr int kRegisterFile = 64 << 10;
 
+constexpr uint64_t kMaxCallsInARow = 10'000'000;
+
 std::string lanes_text(uint32_t lanes) {
     if (lanes == ~0u) return "all lanes";
     std::ostringstream text;
@@ -106,6 +108,7 @@ void Cta::run() {
         warp.ready &= ~(1u << thread->lane);
         if (!warp.ready) ready_warps_ &= ~(1u << thread->warp);
         current_thread = thread;
+        calls_in_a_row_ = 0;
         switch_context(scheduler_, thread->context);
         current_thread = nullptr;
         const bool busy = launch.settings.schedule == Schedule::kRandom ||
@@ -206,6 +209,10 @@ bool Cta::enter(Instruction instruction, Site site, uint32_t& id) {
     id = sites.find(instruction, site);
     Sites::Entry& entry = sites[id];
     ++entry.calls;
+    if (++calls_in_a_row_ > kMaxCallsInARow)
+        fail("the thread has made " + std::to_string(kMaxCallsInARow) +
+                 " calls without waiting for anything: it seems to loop for ever",
+             id);
     if (!entry.ignored) return false;
     ++ignored_calls;
     return true;

@@ -230,6 +230,7 @@ struct Accumulator {
     float* d[32] = {};
     int n = 0;
     uint32_t last = 0;          // number of the last wgmma on it
+    uint32_t site = 0;          // of that one
     std::vector<float> values;  // [16, n]
 };
 
@@ -391,6 +392,7 @@ class Cta {
     uint32_t ready_warps_ = 0;
     int starved_warp_ = -1, starved_lane_ = -1;
     int idle_polls_ = 0;
+    uint64_t calls_in_a_row_ = 0;  // of the running thread
     bool has_failed_ = false;
     std::string failure_;
 };

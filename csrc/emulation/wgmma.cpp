@@ -166,6 +166,7 @@ void Cta::issue_wgmma(Thread& thread, const Wgmma& proto, float* d, const uint32
             accumulator.values.assign(static_cast<size_t>(kRows * op.n), 0.0f);
         }
         accumulator.last = number;
+        accumulator.site = site;
     }
     Accumulator& accumulator = warp.accumulators[op.accumulator];
     if (accumulator.n != op.n || (found != ~0u && found != op.accumulator) ||
@@ -301,17 +302,17 @@ void Cta::finish_wgmmas(uint32_t w, uint32_t group) {
     warp.wgmma_first += static_cast<uint32_t>(done);
     for (Accumulator& accumulator : warp.accumulators) {
         if (!accumulator.n || accumulator.last >= warp.wgmma_first) continue;
-        for (uint32_t lane = 0; lane < 32; ++lane) {
-            float* d = accumulator.d[lane];
-            for (int i = 0; i < accumulator.n / 2; ++i) {
-                if (bit_cast<uint32_t>(d[i]) != kInFlightBits)
+        // All are looked at before any is written: what they lay in may be gone.
+        for (uint32_t lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < accumulator.n / 2; ++i)
+                if (bit_cast<uint32_t>(accumulator.d[lane][i]) != kInFlightBits)
                     fail("accumulators have changed in lane " + std::to_string(lane) +
                              " while wgmma worked on them: no wgmma_wait comes before",
-                         threads[w * 32 + lane].wait_site);
-                d[i] = accumulator.values[static_cast<size_t>(row(lane, i) * accumulator.n +
-                                                              column(lane, i))];
-            }
-        }
+                         accumulator.site);
+        for (uint32_t lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < accumulator.n / 2; ++i)
+                accumulator.d[lane][i] = accumulator.values[static_cast<size_t>(
+                    row(lane, i) * accumulator.n + column(lane, i))];
         accumulator = Accumulator();
     }
 }

@@ -55,6 +55,7 @@ enum class Fault : int32_t {
     kReduceOverwritten,
     kReduceInFlight,
     kMixedWarps,
+    kEndlessLoop,
     kCount,
 };
 
@@ -106,6 +107,7 @@ const char* const kFaultNames[] = {
     "source of a bulk reduction overwritten",
     "bulk reduction in flight at exit",
     "warps of a warpgroup at different wgmma",
+    "endless loop",
 };
 static_assert(sizeof(kFaultNames) / sizeof(*kFaultNames) == static_cast<size_t>(Fault::kCount),
               "every fault has a name");
@@ -205,6 +207,9 @@ NABLA_DEVICE void other_faults(const PipelineParams& p, uint32_t shared, Fault f
         (void)ptx::load_shared<float>(shared + kSums + 4 * ((thread + 32) % kConsumers));
     }
     if (fault == Fault::kReadPastShared) (void)ptx::load_shared<float>(shared + kSharedBytes);
+    if (fault == Fault::kEndlessLoop)
+        while (ptx::load_shared<uint32_t>(shared + kSums + 4 * thread) != 1) {
+        }
     if (fault == Fault::kMisalignedStore) ptx::store_shared(shared + kSums + 2, 1.0f);
     if (fault == Fault::kReadPastGlobal)
         (void)ptx::load_global(p.b + p.steps * static_cast<int32_t>(kTile * kTile));
