@@ -52,7 +52,7 @@ model: $(READY) $(REFERENCE)  ## what the CUDA kernels can reach at most, by the
 
 # The sanitizers' runtime has to be there before torch throws: libasan alone would crash then.
 sanitize: $(READY)  ## the tests of the native kernels, built with address and undefined sanitizers
-	NABLA_SANITIZE=ON $(BIN)/python -m pip install . --no-deps --upgrade --target build/sanitize
+	NABLA_SANITIZE=ON NABLA_SKIP_CUDA=1 $(BIN)/python -m pip install . --no-deps --upgrade --target build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize $(BIN)/pytest tests/test_cpu.py -k "not threads" --timeout 1200 --numprocesses $(JOBS)
 

@@ -1,7 +1,9 @@
 """Build the native kernels with CMake and ninja.
 
-Without a C++17 compiler, or with NABLA_SKIP_CPU=1, the package installs all the same: it runs on
-the reference backend, and `nabla info` shows the reason that is recorded here.
+What cannot be built, for want of a C++17 compiler or of nvcc, is left out, and the package installs
+all the same: it runs on the backends that are there, and `nabla info` shows the reason that is
+recorded here. NABLA_SKIP_CPU=1 and NABLA_SKIP_CUDA=1 leave kernels out on request. The emulated
+CUDA kernels are a tool of development: editable installations have them.
 """
 
 import os
@@ -14,39 +16,48 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SKIPPED_BY = {
+    "_cpu": "NABLA_SKIP_CPU",
+    "_cuda": "NABLA_SKIP_CUDA",
+    "_cuda_emulated": "NABLA_SKIP_CUDA",
+}
 
 
 class BuildKernels(build_ext):
-    """Build nabla._cpu into the package, or write down why that failed."""
+    """Build the modules into the package; of each that fails, write down why."""
 
     def run(self) -> None:
         """Build in place for an editable installation, else into the wheel."""
         editable = self.inplace or getattr(self, "editable_mode", False)
         package = (ROOT if editable else Path(self.build_lib).resolve()) / "nabla"
         package.mkdir(parents=True, exist_ok=True)
-        reason = package / "_cpu_build.txt"
-        reason.unlink(missing_ok=True)
-        try:
-            self.build_module(package)
-        except BuildError as error:
-            for module in package.glob("_cpu.*.so"):
-                module.unlink()
-            reason.write_text(f"{error}\n")
-            print(f"nabla: installing without native CPU kernels: {error}", file=sys.stderr)
+        for module in SKIPPED_BY:
+            if module == "_cuda_emulated" and not editable:
+                continue
+            reason = package / f"{module}_build.txt"
+            reason.unlink(missing_ok=True)
+            try:
+                self.build_module(module, package)
+            except BuildError as error:
+                for built in package.glob(f"{module}.*.so"):
+                    built.unlink()
+                reason.write_text(f"{error}\n")
+                print(f"nabla: installing without nabla.{module}: {error}", file=sys.stderr)
 
-    def build_module(self, package: Path) -> None:
+    def build_module(self, module: str, package: Path) -> None:
         """Configure and build with the Python that installs."""
-        if os.environ.get("NABLA_SKIP_CPU", "0") != "0":
-            raise BuildError("NABLA_SKIP_CPU was set when nabla was installed")
+        if os.environ.get(SKIPPED_BY[module], "0") != "0":
+            raise BuildError(f"{SKIPPED_BY[module]} was set when nabla was installed")
         try:
             import pybind11
         except ImportError as error:
             raise BuildError("pybind11 was missing when nabla was installed") from error
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = Path(self.build_temp).resolve() / module
         # pip builds in a new environment each time: what was found in the last one is gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         run(
             *("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)),
+            f"-DNABLA_MODULE={module}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
@@ -55,7 +66,7 @@ class BuildKernels(build_ext):
         run("cmake", "--build", str(build))
 
     def get_outputs(self) -> list[str]:
-        """The module, where it could be built."""
+        """The modules that could be built."""
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -64,7 +75,7 @@ class BuildKernels(build_ext):
 
 
 class BuildError(Exception):
-    """Why there are no native kernels, in one line."""
+    """Why a module is not there, in one line."""
 
 
 def run(*command: str) -> None:
@@ -86,6 +97,6 @@ def run(*command: str) -> None:
 
 
 setup(
-    ext_modules=[Extension("nabla._cpu", sources=[])],
+    ext_modules=[Extension(f"nabla.{module}", sources=[]) for module in SKIPPED_BY],
     cmdclass={"build_ext": BuildKernels},
 )

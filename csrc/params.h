@@ -5,7 +5,8 @@
 //   N, Nq          blocks of the grid, and query blocks: those from q_block_offset on
 //   W              ceil(N / 32), words of bits in a row
 //
-// Strides are in elements.
+// Strides are in elements. Every launch ends with where it runs: `threads` of a CPU, at least 1, or
+// the `stream` of a CUDA device; each has no use for the other.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +23,19 @@ struct View {
     int64_t stride_s;  // elements
 };
 
+// frames * height * width tokens, cut into blocks of at most block_frames * block_height *
+// block_width, and the `extra` tokens after them, cut into runs of as many.
+struct Grid {
+    int32_t frames, height, width;
+    int32_t block_frames, block_height, block_width;
+    int32_t extra;
+};
+
 // Blocks of a token grid: nt * nh * nw grid blocks in raster order, then those of extra tokens.
 struct Blocks {
-    const int32_t* starts;  // [N + 1], tokens: block j holds tokens starts[j] .. starts[j + 1] - 1
+    Grid grid;
+    const int32_t* starts;  // [N + 1], tokens: block j holds tokens starts[j] .. starts[j + 1] - 1;
+                            // null on CUDA, where kernels compute them from the grid
     int32_t count;          // N
     int32_t grid_count;     // blocks that selection ranks: the first nt * nh * nw
     int32_t nt, nh, nw;     // extents of the grid in blocks
@@ -37,16 +48,18 @@ struct Window {
 
 // Means over the tokens of each block.
 struct BlockMeanParams {
-    DType dtype;            // of x
-    int32_t batch;          // B
-    int32_t heads;          // H
-    int32_t head_dim;       // D
-    int32_t blocks;         // number of blocks of x
-    View x;                 // [B, H, S, D]
-    const int32_t* starts;  // [blocks + 1], tokens; starts[0] is the first token of x
-    float* mean;            // [B, H, blocks, D], or [B, H, D, mean_stride] where transposed
-    int32_t mean_stride;    // elements; 0 for the row-major layout
-    int32_t threads;        // at least 1
+    DType dtype;           // of x
+    int32_t batch;         // B
+    int32_t heads;         // H
+    int32_t head_dim;      // D
+    int32_t x_blocks;      // Nx, blocks of x
+    int32_t block_offset;  // the block with which x begins
+    Blocks blocks;
+    View x;               // [B, H, S, D]
+    float* mean;          // [B, H, Nx, D], or [B, H, D, mean_stride] where transposed
+    int32_t mean_stride;  // elements; 0 for the row-major layout
+    int32_t threads;
+    void* stream;
 };
 
 // Softmax over the grid blocks of scale * q_mean . k_mean; +inf marks a block that is always kept.
@@ -63,7 +76,8 @@ struct ScoresParams {
     const float* k_mean;    // [B, Hk, D, k_mean_stride], zero past column N
     int32_t k_mean_stride;  // elements: N rounded up to a multiple of 32
     float* scores;          // [B, Hq, Nq, N]; null where they are not wanted
-    int32_t threads;        // at least 1
+    int32_t threads;
+    void* stream;
 };
 
 // The fewest blocks of each row that hold top_p of its scores, and the window.
@@ -91,7 +105,8 @@ struct AttentionParams {
     const uint32_t* bits;   // [B, Hq, Nq, W]; bit j of row i: query block i attends key block j
     int64_t bits_stride_b;  // words, may be 0
     int64_t bits_stride_h;  // words, may be 0
-    int32_t threads;        // at least 1
+    int32_t threads;
+    void* stream;
 };
 
 struct AttentionBackwardParams {

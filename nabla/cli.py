@@ -66,6 +66,7 @@ def info(
         table.add_row(f"cuda:{index}", f"{device['name']}, {device['memory_gib']} GiB")
     if not facts["devices"]:
         table.add_row("cuda", "[dim]no device[/]")
+    table.add_row("cuda kernels", " ".join(facts["cuda_kernels"]) or "[dim]not built[/]")
     console.print(table)
     console.print()
     status = Table("backend", "", "why", box=None, pad_edge=False)

@@ -1,8 +1,9 @@
-"""Which backend runs: a pure function of device, head_dim, dtype and block size.
+"""Which backend runs: a pure function of device, architecture, head_dim, dtype and block size.
 
 A backend is a package with one module per stage (scores, block_mask, block_attention); every
 backend has the same functions. "auto" takes the first one below that fits, Triton's interpreter
-(which is slow) after all others; a backend that is named is used or refused, never replaced.
+(which is slow) after all others; a backend that is named is used or refused, never replaced. Only
+gradients of a backend without backward kernels are those of the backend that it names.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ class BackendStatus(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """What a backend can compute; `unavailable` says why it is not there, or None."""
+    """What a backend can compute; `unavailable` says why it is not there, or None.
+
+    Args:
+        dtypes: Of queries, keys and values; scores are float32 too.
+        architectures: Compute capabilities of CUDA devices, such as 90.
+        is_automatic: Whether "auto" may choose it.
+        package: The package of its modules, if that has another name.
+        gradients: The backend that computes its gradients, if it has no backward kernels.
+    """
 
     name: str
     devices: tuple[str, ...]
@@ -39,17 +48,31 @@ class Backend:
     head_dims: Sequence[int]
     block_sizes: tuple[int, ...]
     unavailable: Callable[[], str | None]
+    architectures: Sequence[int] = range(1000)
+    is_automatic: bool = True
+    package: str | None = None
+    gradients: str | None = None
 
     def refusal(
-        self, device: str, head_dim: int | None, dtype: torch.dtype, block_size: int
+        self,
+        device: str,
+        head_dim: int | None,
+        dtype: torch.dtype,
+        block_size: int,
+        architecture: int | None,
     ) -> str | None:
         """Return why the backend does not take such input, with what it takes instead, or None."""
         if (reason := self.unavailable()) is not None:
             return reason
         if device not in self.devices:
             return f"the tensors are on {device}, it takes {', '.join(self.devices)}"
-        if dtype not in self.dtypes:
-            return f"the dtype is {dtype}, it takes {', '.join(map(str, self.dtypes))}"
+        if architecture is not None and architecture not in self.architectures:
+            return f"the device is sm_{architecture}, it takes {_chips(self.architectures)}"
+        dtypes = dict.fromkeys(self.dtypes)
+        if head_dim is None:
+            dtypes[torch.float32] = None
+        if dtype not in dtypes:
+            return f"the dtype is {dtype}, it takes {', '.join(map(str, dtypes))}"
         if head_dim is not None and head_dim not in self.head_dims:
             return f"head_dim is {head_dim}, it takes {_describe(self.head_dims)}"
         if block_size not in self.block_sizes:
@@ -102,12 +125,43 @@ def _triton_unavailable() -> str | None:
     return None
 
 
-def _not_in_this_version(kernels: str) -> Callable[[], str]:
-    return lambda: f"this version of nabla has no {kernels} kernels"
+CUDA_ARCHITECTURES = (90,)  # that csrc/cuda has kernels for
+
+
+def _cuda_unavailable() -> str | None:
+    from nabla import cuda
+
+    if (reason := cuda.unavailable_reason()) is not None:
+        return reason
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"no CUDA device: {cuda.device_error() or 'torch finds none'}"
+    if (reason := cuda.device_error()) is not None:
+        return f"the CUDA runtime of the kernels finds no device: {reason}"
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if not any(architecture(device) in CUDA_ARCHITECTURES for device in devices):
+        return f"no CUDA device is {_chips(CUDA_ARCHITECTURES)}"
+    return None
+
+
+def _emulation_unavailable() -> str | None:
+    from nabla import cuda
+
+    return cuda.emulation_unavailable_reason()
 
 
 BACKENDS = (
-    Backend("cuda", ("cuda",), HALF_DTYPES, (64, 128), (64,), _not_in_this_version("CUDA")),
+    Backend(
+        "cuda",
+        ("cuda",),
+        HALF_DTYPES,
+        (64, 128),
+        (64,),
+        _cuda_unavailable,
+        architectures=CUDA_ARCHITECTURES,
+        gradients="triton",
+    ),
     Backend(
         "triton",
         ("cuda", "cpu") if is_interpreted() else ("cuda",),
@@ -132,6 +186,17 @@ BACKENDS = (
         BLOCK_SIZES,
         _never,
     ),
+    Backend(
+        "cuda-emulated",
+        ("cpu",),
+        HALF_DTYPES,
+        (64, 128),
+        (64,),
+        _emulation_unavailable,
+        is_automatic=False,
+        package="cuda",
+        gradients="cpu",
+    ),
 )
 
 
@@ -154,7 +219,13 @@ def check_backend(backend: str) -> None:
 
 
 def resolve(
-    backend: str, *, device: str, head_dim: int | None, dtype: torch.dtype, block_size: int
+    backend: str,
+    *,
+    device: str,
+    head_dim: int | None,
+    dtype: torch.dtype,
+    block_size: int,
+    architecture: int | None = None,
 ) -> str:
     """Return the name of the backend that runs.
 
@@ -164,6 +235,7 @@ def resolve(
         head_dim: Channels of a head; None where the stage has none.
         dtype: Of the tensors.
         block_size: Tokens in a whole block.
+        architecture: Compute capability of the tensors' device; None for a CPU.
 
     Raises:
         ValueError: If the backend, or for "auto" every backend, cannot run this; says why, of each.
@@ -171,8 +243,8 @@ def resolve(
     check_backend(backend)
     refusals = []
     for candidate in sorted(BACKENDS, key=_is_slow):
-        if backend in ("auto", candidate.name):
-            refusal = candidate.refusal(device, head_dim, dtype, block_size)
+        if backend == candidate.name or (backend == "auto" and candidate.is_automatic):
+            refusal = candidate.refusal(device, head_dim, dtype, block_size, architecture)
             if refusal is None:
                 return candidate.name
             refusals.append(f"{candidate.name}: {refusal}")
@@ -188,13 +260,35 @@ def _is_slow(backend: Backend) -> bool:
 
 
 def implementation(
-    stage: str, backend: str, x: torch.Tensor, head_dim: int | None, block_size: int
+    stage: str,
+    backend: str,
+    x: torch.Tensor,
+    head_dim: int | None,
+    block_size: int,
+    *,
+    is_backward: bool = False,
 ) -> ModuleType:
-    """Return the module that computes a stage for tensors like x."""
-    name = resolve(
-        backend, device=x.device.type, head_dim=head_dim, dtype=x.dtype, block_size=block_size
-    )
-    return importlib.import_module(f"nabla.{name}.{stage}")
+    """Return the module that computes a stage, or its gradients, for tensors like x."""
+
+    def resolved(backend: str) -> Backend:
+        name = resolve(
+            backend,
+            device=x.device.type,
+            head_dim=head_dim,
+            dtype=x.dtype,
+            block_size=block_size,
+            architecture=architecture(x.device),
+        )
+        return next(candidate for candidate in BACKENDS if candidate.name == name)
+
+    chosen = resolved(backend)
+    if is_backward and chosen.gradients is not None:
+        chosen = resolved(chosen.gradients)
+    return importlib.import_module(f"nabla.{chosen.package or chosen.name}.{stage}")
+
+
+def _chips(architectures: Sequence[int]) -> str:
+    return ", ".join(f"sm_{architecture}" for architecture in architectures)
 
 
 def _describe(head_dims: Sequence[int]) -> str:

@@ -15,7 +15,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # Without this, products on CUDA are refused where deterministic algorithms are asked for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-BACKENDS = [b.name for b in dispatch.BACKENDS if "cpu" in b.devices and b.unavailable() is None]
+# Without the emulated CUDA kernels, which are slow: test_cuda.py has tests of their size.
+BACKENDS = [
+    b.name
+    for b in dispatch.BACKENDS
+    if "cpu" in b.devices and b.is_automatic and b.unavailable() is None
+]
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads())
 
 

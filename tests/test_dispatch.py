@@ -1,9 +1,11 @@
 """The choice of a backend as a pure function."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from nabla import backends, dispatch
+from nabla import backends, cuda, dispatch
 
 
 def test_every_backend_has_a_status():
@@ -67,6 +69,73 @@ def test_without_a_gpu_triton_says_why_it_is_not_there(monkeypatch, spec, cuda, 
     assert status.reason.startswith(reason)
     with pytest.raises(ValueError, match=f"triton: {reason}.*Available on this machine: "):
         dispatch.resolve("triton", device="cpu", head_dim=64, dtype=torch.float32, block_size=64)
+
+
+@pytest.fixture
+def all_available(monkeypatch):
+    """Every backend, as on a machine that has it."""
+    available = [dataclasses.replace(b, unavailable=lambda: None) for b in dispatch.BACKENDS]
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(available))
+
+
+def test_cuda_kernels_are_the_default_where_they_are_made_for(all_available):
+    options = {"head_dim": 128, "dtype": torch.bfloat16, "block_size": 64, "device": "cuda"}
+    for architecture, expected in ((80, "triton"), (90, "cuda"), (100, "triton")):
+        assert dispatch.resolve("auto", **options, architecture=architecture) == expected
+    assert dispatch.resolve("auto", **options | {"head_dim": 96}, architecture=90) == "triton"
+    with pytest.raises(ValueError, match="cuda: the device is sm_80, it takes sm_90"):
+        dispatch.resolve("cuda", **options, architecture=80)
+    scores = {"head_dim": None, "dtype": torch.float32}
+    assert dispatch.resolve("auto", **options | scores, architecture=90) == "cuda"
+
+
+def test_the_kernels_of_this_installation_are_for_these_architectures():
+    assert cuda.unavailable_reason() is None
+    assert cuda.architectures() == {90: "sm_90a"}
+    assert tuple(cuda.architectures()) == dispatch.CUDA_ARCHITECTURES
+
+
+def test_auto_never_emulates(all_available):
+    options = {"head_dim": 64, "dtype": torch.bfloat16, "block_size": 64, "device": "cpu"}
+    assert dispatch.resolve("cuda-emulated", **options) == "cuda-emulated"
+    assert dispatch.resolve("auto", **options) == "cpu"
+    with pytest.raises(ValueError, match="cuda-emulated: the tensors are on cuda, it takes cpu"):
+        dispatch.resolve("cuda-emulated", **options | {"device": "cuda"})
+
+
+@pytest.mark.parametrize(
+    "why_not_loaded, cuda_version, why_no_device, expected",
+    [
+        ("no nvcc was found", "13.0", None, "no nvcc was found"),
+        (None, None, None, "torch is built without CUDA"),
+        (None, "13.0", "driver version is insufficient", "no CUDA device: driver version is insu"),
+        (None, "13.0", None, "no CUDA device: torch finds none"),
+    ],
+)
+def test_without_a_gpu_cuda_says_why_it_is_not_there(
+    monkeypatch, why_not_loaded, cuda_version, why_no_device, expected
+):
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: why_not_loaded)
+    monkeypatch.setattr(cuda, "device_error", lambda: why_no_device)
+    monkeypatch.setattr(torch.version, "cuda", cuda_version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status = backends()["cuda"]
+    assert not status.available
+    assert status.reason.startswith(expected)
+
+
+def test_gradients_are_those_of_the_backend_that_has_them(monkeypatch):
+    """Out and lse of one backend, gradients of another, until it has its own."""
+    borrowing = dataclasses.replace(
+        dispatch.BACKENDS[-2], name="borrowing", package="reference", gradients="cpu"
+    )
+    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, borrowing))
+    x = torch.zeros(1, 1, 64, 64)
+    for is_backward, module in ((False, "nabla.reference"), (True, "nabla.cpu")):
+        chosen = dispatch.implementation(
+            "block_attention", "borrowing", x, 64, 64, is_backward=is_backward
+        )
+        assert chosen.__name__ == f"{module}.block_attention"
 
 
 def test_a_missing_backend_says_why_and_what_is_there(monkeypatch):

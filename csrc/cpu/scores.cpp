@@ -51,20 +51,21 @@ struct RowArrays {
 void block_mean(const BlockMeanParams& p) {
     with_dtype(p.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        const int groups = (p.blocks + kMeanBlocks - 1) / kMeanBlocks;
+        const int groups = (p.x_blocks + kMeanBlocks - 1) / kMeanBlocks;
+        const int32_t* starts = p.blocks.starts + p.block_offset;
         parallel_for(
             p.threads, static_cast<int64_t>(p.batch) * p.heads * groups, [&](int64_t task, int) {
                 const int64_t h = task / groups % p.heads, b = task / groups / p.heads;
                 const int begin = task % groups * kMeanBlocks;
-                for (int n = begin; n < p.blocks && n < begin + kMeanBlocks; ++n) {
-                    const T* x = at<T>(p.x, b, h, p.starts[n] - p.starts[0]);
+                for (int n = begin; n < p.x_blocks && n < begin + kMeanBlocks; ++n) {
+                    const T* x = at<T>(p.x, b, h, starts[n] - starts[0]);
                     const int64_t head = (b * p.heads + h) * p.head_dim;
                     float* mean = p.mean_stride ? p.mean + head * p.mean_stride + n
-                                                : p.mean + head * p.blocks + n * p.head_dim;
+                                                : p.mean + head * p.x_blocks + n * p.head_dim;
                     const int64_t step = p.mean_stride ? p.mean_stride : 1;
                     for_panels(p.head_dim, [&](auto vectors, int d) {
                         mean_panel<decltype(vectors)::value>(x + d, p.x.stride_s,
-                                                             p.starts[n + 1] - p.starts[n],
+                                                             starts[n + 1] - starts[n],
                                                              mean + d * step, step);
                     });
                 }

@@ -93,9 +93,9 @@ def starts(grid: TokenGrid) -> Tensor:
     return grid.starts("cpu")
 
 
-def blocks(grid: TokenGrid) -> tuple[Tensor | int, ...]:
-    """Return a grid as Blocks of csrc/params.h."""
-    return (starts(grid), grid.num_blocks, grid.num_grid_blocks, *grid.blocks)
+def blocks(grid: TokenGrid) -> dict:
+    """Return the fields of Blocks of csrc/params.h."""
+    return dict(grid=tuple(grid.as_ints()), starts=starts(grid))
 
 
 def _with_pointers(value):

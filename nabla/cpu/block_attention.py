@@ -68,7 +68,6 @@ def _fields(q, k, v, out, lse, bits, grid, q_block_offset, scale) -> dict:
         head_dim=q.shape[3],
         q_blocks=bits.shape[2],
         q_block_offset=q_block_offset,
-        blocks=blocks(grid),
         scale=scale,
         q=view(q),
         k=view(k),
@@ -78,6 +77,7 @@ def _fields(q, k, v, out, lse, bits, grid, q_block_offset, scale) -> dict:
         bits=bits,
         bits_stride_b=bits.stride(0),
         bits_stride_h=bits.stride(1),
+        **blocks(grid),
     )
 
 

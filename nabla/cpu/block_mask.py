@@ -23,13 +23,13 @@ def select_blocks(
         head_dim=0,
         q_blocks=q_blocks,
         q_block_offset=q_block_offset,
-        blocks=blocks(grid),
         scale=1.0,
         q_mean=None,
         k_mean=None,
         k_mean_stride=0,
+        **blocks(grid),
     )
-    return _block_mask(fields, scores, top_p, window)
+    return _block_mask(fields, scores, top_p, grid, window)
 
 
 def create_block_mask(
@@ -43,13 +43,13 @@ def create_block_mask(
 ) -> Tensor:
     """Bits [B, H, Nq, ceil(Nk / 32)] of the NABLA mask of q and k."""
     means = block_means(q, k, grid, q_block_offset)
-    return _block_mask(score_fields(means, grid, q_block_offset, scale), None, top_p, window)
+    return _block_mask(score_fields(means, grid, q_block_offset, scale), None, top_p, grid, window)
 
 
 def _block_mask(
-    fields: dict, scores: Tensor | None, top_p: Tensor, window: Window | None
+    fields: dict, scores: Tensor | None, top_p: Tensor, grid: TokenGrid, window: Window | None
 ) -> Tensor:
-    words = -(-fields["blocks"][1] // 32)
+    words = -(-grid.num_blocks // 32)
     shape = (fields["batch"], fields["heads"], fields["q_blocks"], words)
     bits = torch.empty(shape, dtype=torch.int32)
     top_p = top_p.contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla.cpu import DTYPES, blocks, launch, starts, view
+from nabla.cpu import DTYPES, blocks, launch, view
 from nabla.grid import TokenGrid
 
 
@@ -56,11 +56,11 @@ def score_fields(
         head_dim=head_dim,
         q_blocks=q_blocks,
         q_block_offset=q_block_offset,
-        blocks=blocks(grid),
         scale=scale,
         q_mean=q_mean,
         k_mean=k_mean,
         k_mean_stride=k_mean.shape[3],
+        **blocks(grid),
     )
 
 
@@ -74,9 +74,10 @@ def _block_mean(
         batch=batch,
         heads=heads,
         head_dim=head_dim,
-        blocks=num_blocks,
+        x_blocks=num_blocks,
+        block_offset=block_offset,
         x=view(x),
-        starts=starts(grid)[block_offset:],
         mean=mean,
         mean_stride=mean_stride,
+        **blocks(grid),
     )

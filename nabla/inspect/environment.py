@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import nabla
+from nabla import cuda
 from nabla.dispatch import backends
 
 # The instruction sets that decide which CPU kernel runs, by torch's names for them.
@@ -25,7 +26,8 @@ def environment() -> dict[str, Any]:
 
     Returns:
         Plain values that `json.dumps` takes: versions by name (None where not installed), python,
-        platform, cpu, devices, and the backends, each with whether it is available and why not.
+        platform, cpu, what the CUDA kernels are compiled for, devices, and the backends, each with
+        whether it is available and why not.
     """
     return {
         "versions": {
@@ -37,6 +39,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
+        "cuda_kernels": list(cuda.architectures().values()),
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "backends": {name: status._asdict() for name, status in backends().items()},
     }

@@ -1,0 +1,81 @@
+// The modules nabla._cuda and, compiled for the emulator, nabla._cuda_emulated: a launch of the
+// kernels of one architecture, without the interpreter lock.
+#include <map>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "bindings/fields.h"
+#include "cuda/kernels.h"
+
+#ifdef NABLA_EMULATED
+#define NABLA_MODULE _cuda_emulated
+#else
+#include <cuda_runtime_api.h>
+#define NABLA_MODULE _cuda
+#endif
+
+namespace nabla {
+namespace {
+
+std::map<int, std::string> architectures() {
+    std::map<int, std::string> names;
+    for (int i = 0; i < cuda::kKernelsCount; ++i)
+        names[cuda::kKernels[i].architecture] = cuda::kKernels[i].name;
+    return names;
+}
+
+const cuda::Kernels& kernels(int architecture) {
+    for (int i = 0; i < cuda::kKernelsCount; ++i)
+        if (cuda::kKernels[i].architecture == architecture) return cuda::kKernels[i];
+    throw std::invalid_argument("there are no kernels for sm_" + std::to_string(architecture));
+}
+
+// Why the CUDA runtime finds no device.
+std::optional<std::string> device_error() {
+#ifdef NABLA_EMULATED
+    return std::nullopt;
+#else
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaSuccess) return std::nullopt;
+    return cudaGetErrorString(status);
+#endif
+}
+
+template <class Params>
+std::string problem(const char* name, const Params& p) {
+    return std::string(name) + " of B=" + std::to_string(p.batch) + ", H=" +
+           std::to_string(p.heads) + ", D=" + std::to_string(p.head_dim) + ", " +
+           std::to_string(p.blocks.count) + " blocks";
+}
+std::string problem(const char* name, const BlockMaskParams& p) { return problem(name, p.scores); }
+
+// Define name(architecture, **fields), which queues one stage; its errors name the problem.
+template <class Params>
+void define_launch(py::module_& m, const char* name, Params (*parse)(const Fields&),
+                   void (*cuda::Kernels::*stage)(const Params&)) {
+    m.def(name, [name, parse, stage](int architecture, const py::kwargs& fields) {
+        const auto launch = kernels(architecture).*stage;
+        const Params params = parse(Fields(fields));
+        const py::gil_scoped_release unlocked;
+        try {
+            launch(params);
+        } catch (const std::exception& error) {
+            throw std::runtime_error(problem(name, params) + ": " + error.what());
+        }
+    });
+}
+
+}  // namespace
+}  // namespace nabla
+
+PYBIND11_MODULE(NABLA_MODULE, m) {
+    using nabla::cuda::Kernels;
+    m.doc() = "CUDA kernels; see csrc/params.h for the fields of each launch.";
+    m.def("architectures", nabla::architectures, "Name by compute capability, as in {90: 'sm_90a'}.");
+    m.def("device_error", nabla::device_error, "Why the CUDA runtime finds no device, or None.");
+    nabla::define_launch(m, "block_mean", nabla::block_mean_params, &Kernels::block_mean);
+    nabla::define_launch(m, "pooled_scores", nabla::scores_params, &Kernels::pooled_scores);
+    nabla::define_launch(m, "block_mask", nabla::block_mask_params, &Kernels::block_mask);
+}

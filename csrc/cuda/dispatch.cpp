@@ -1,0 +1,10 @@
+#include "cuda/kernels.h"
+
+namespace nabla::cuda {
+
+const Kernels kKernels[] = {
+    {90, "sm_90a", sm90::block_mean, sm90::pooled_scores, sm90::block_mask},
+};
+const int kKernelsCount = sizeof kKernels / sizeof *kKernels;
+
+}  // namespace nabla::cuda

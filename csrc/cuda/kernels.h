@@ -1,0 +1,26 @@
+// The launches of each architecture, and the table to choose from. A launch returns when it is
+// queued on the stream of its Params.
+#pragma once
+
+#include "params.h"
+
+namespace nabla::sm90 {
+void block_mean(const BlockMeanParams&);
+void pooled_scores(const ScoresParams&);
+void block_mask(const BlockMaskParams&);
+}  // namespace nabla::sm90
+
+namespace nabla::cuda {
+
+struct Kernels {
+    int architecture;  // compute capability, 90 for 9.0
+    const char* name;  // what nvcc compiles for
+    void (*block_mean)(const BlockMeanParams&);
+    void (*pooled_scores)(const ScoresParams&);
+    void (*block_mask)(const BlockMaskParams&);
+};
+
+extern const Kernels kKernels[];
+extern const int kKernelsCount;
+
+}  // namespace nabla::cuda

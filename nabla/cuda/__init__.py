@@ -1,0 +1,98 @@
+"""CUDA kernels: the module nabla._cuda for CUDA tensors, nabla._cuda_emulated for CPU tensors.
+
+The emulator runs the very sources of the kernels thread by thread on the CPU, to test them; only
+development installations have it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nabla.dispatch import architecture
+
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/params.h
+PACKAGE = Path(__file__).parent.parent
+EMULATED_ARCHITECTURE = 90
+
+
+def unavailable_reason() -> str | None:
+    """Return why the kernels cannot be loaded in this installation, or None."""
+    return _why_not_loaded("_cuda")
+
+
+def emulation_unavailable_reason() -> str | None:
+    """Return why the emulated kernels cannot be loaded in this installation, or None."""
+    return _why_not_loaded("_cuda_emulated")
+
+
+def device_error() -> str | None:
+    """Return why the CUDA runtime of the kernels finds no device, or None."""
+    return native("_cuda").device_error()
+
+
+def architectures() -> dict[int, str]:
+    """Return what the kernels are compiled for: names by compute capability, as {90: "sm_90a"}."""
+    return native("_cuda").architectures() if unavailable_reason() is None else {}
+
+
+@functools.cache
+def native(name: str) -> ModuleType:
+    """Return a compiled module, "_cuda" or "_cuda_emulated"."""
+    return importlib.import_module(f"nabla.{name}")
+
+
+def launch(stage: str, device: torch.device, **fields) -> None:
+    """Queue one stage with the fields of its Params on the current stream of a device.
+
+    Tensors among the fields travel as pointers; their memory is not reused before the stage is
+    done, because PyTorch orders what it frees by the same stream.
+    """
+    pointers = {name: _with_pointers(value) for name, value in fields.items()}
+    if device.type == "cpu":
+        getattr(native("_cuda_emulated"), stage)(EMULATED_ARCHITECTURE, **pointers)
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(native("_cuda"), stage)(architecture(device), stream=stream, **pointers)
+
+
+def view(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """Return a tensor [B, H, S, D] with contiguous D as View of csrc/params.h."""
+    batch, head, token, channel = x.stride()
+    assert channel == 1 or x.shape[3] == 1, "the kernels read D as contiguous"
+    return x, batch, head, token
+
+
+def with_aligned_rows(x: Tensor) -> Tensor:
+    """Return x [B, H, S, D], copied unless every row of D begins at a multiple of 16 bytes.
+
+    That is what vector loads and bulk tensor copies take.
+    """
+    steps = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    offsets = [x.data_ptr(), *(stride * x.element_size() for stride in steps)]
+    if all(offset % 16 == 0 for offset in offsets):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _why_not_loaded(name: str) -> str | None:
+    try:
+        native(name)
+    except ImportError as error:
+        reason = PACKAGE / f"{name}_build.txt"  # written by setup.py in place of the module
+        if reason.exists():
+            return reason.read_text().strip()
+        return f"the module nabla.{name} does not load: {error}"
+    return None
+
+
+def _with_pointers(value):
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return tuple(map(_with_pointers, value)) if isinstance(value, tuple) else value
