@@ -9,6 +9,8 @@
 #include "cuda/kernels.h"
 
 #ifdef NABLA_EMULATED
+#include "emulation/bindings.h"
+#include "emulation/probes/bindings.h"
 #define NABLA_MODULE _cuda_emulated
 #else
 #include <cuda_runtime_api.h>
@@ -17,6 +19,12 @@
 
 namespace nabla {
 namespace {
+
+#ifdef NABLA_EMULATED
+using LaunchError = emulation::Error;
+#else
+using LaunchError = std::runtime_error;
+#endif
 
 std::map<int, std::string> architectures() {
     std::map<int, std::string> names;
@@ -61,8 +69,8 @@ void define_launch(py::module_& m, const char* name, Params (*parse)(const Field
         const py::gil_scoped_release unlocked;
         try {
             launch(params);
-        } catch (const std::exception& error) {
-            throw std::runtime_error(problem(name, params) + ": " + error.what());
+        } catch (const LaunchError& error) {
+            throw LaunchError(problem(name, params) + ": " + error.what());
         }
     });
 }
@@ -72,6 +80,10 @@ void define_launch(py::module_& m, const char* name, Params (*parse)(const Field
 
 PYBIND11_MODULE(NABLA_MODULE, m) {
     using nabla::cuda::Kernels;
+#ifdef NABLA_EMULATED
+    nabla::emulation::define_emulation(m);
+    nabla::emulation::probes::define_probes(m.def_submodule("probes", "Kernels that test it."));
+#endif
     m.doc() = "CUDA kernels; see csrc/params.h for the fields of each launch.";
     m.def("architectures", nabla::architectures, "Name by compute capability, as in {90: 'sm_90a'}.");
     m.def("device_error", nabla::device_error, "Why the CUDA runtime finds no device, or None.");

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +22,8 @@ from nabla.dispatch import architecture
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/params.h
 PACKAGE = Path(__file__).parent.parent
 EMULATED_ARCHITECTURE = 90
+
+_emulator_lock = threading.Lock()  # the memory that kernels may touch is one for the process
 
 
 def unavailable_reason() -> str | None:
@@ -47,15 +52,17 @@ def native(name: str) -> ModuleType:
     return importlib.import_module(f"nabla.{name}")
 
 
-def launch(stage: str, device: torch.device, **fields) -> None:
+def launch(stage: str, device: torch.device, writes: Sequence[str], **fields) -> None:
     """Queue one stage with the fields of its Params on the current stream of a device.
 
     Tensors among the fields travel as pointers; their memory is not reused before the stage is
-    done, because PyTorch orders what it frees by the same stream.
+    done, because PyTorch orders what it frees by the same stream. The kernels write those named in
+    `writes`, and the emulator lets them touch no other memory.
     """
     pointers = {name: _with_pointers(value) for name, value in fields.items()}
     if device.type == "cpu":
-        getattr(native("_cuda_emulated"), stage)(EMULATED_ARCHITECTURE, **pointers)
+        with _touchable(fields, writes):
+            getattr(native("_cuda_emulated"), stage)(EMULATED_ARCHITECTURE, **pointers)
         return
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -96,3 +103,22 @@ def _with_pointers(value):
     if isinstance(value, Tensor):
         return value.data_ptr()
     return tuple(map(_with_pointers, value)) if isinstance(value, tuple) else value
+
+
+@contextmanager
+def _touchable(fields: dict, writes: Sequence[str]) -> Iterator[None]:
+    """Let emulated kernels touch the elements of the tensors among the fields, and no others."""
+    emulator = native("_cuda_emulated")
+    with _emulator_lock:
+        for name, value in fields.items():
+            x = value[0] if isinstance(value, tuple) else value
+            if isinstance(x, Tensor):
+                last = sum(
+                    (size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)
+                )
+                num_bytes = (last + 1) * x.element_size()
+                emulator.register_memory(x.data_ptr(), num_bytes, name in writes, name)
+        try:
+            yield
+        finally:
+            emulator.clear_memory()

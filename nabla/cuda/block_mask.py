@@ -55,6 +55,7 @@ def _block_mask(
     launch(
         "block_mask",
         top_p.device,
+        ["bits"],
         scores=scores,
         top_p=top_p,
         window=window or (0, 0, 0),

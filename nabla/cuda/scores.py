@@ -25,7 +25,7 @@ def pooled_scores(
     q_mean, _ = means
     scores = q_mean.new_empty(*q_mean.shape[:3], grid.num_blocks)
     fields = score_fields(means, grid, q_block_offset, scale)
-    launch("pooled_scores", q.device, scores=scores, **fields)
+    launch("pooled_scores", q.device, ["scores"], scores=scores, **fields)
     return scores
 
 
@@ -71,6 +71,7 @@ def _block_mean(
     launch(
         "block_mean",
         x.device,
+        ["mean"],
         dtype=DTYPES[x.dtype],
         batch=batch,
         heads=heads,
