@@ -77,6 +77,8 @@ class Sites {
 
     explicit Sites(const std::string& ignored) : ignored_(ignored), slots_(kSlots) {}
 
+    static std::string file(Site site);  // below csrc
+
     uint32_t find(Instruction instruction, Site site);
     Entry& operator[](uint32_t id) { return entries_[id]; }
     const std::vector<Entry>& entries() const { return entries_; }

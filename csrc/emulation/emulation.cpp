@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -33,16 +32,10 @@ Process& process() {
     return process;
 }
 
-std::string file_name(const char* path) {
-    const char* slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
-}
-
 void keep_report(Process& all, const Cta& cta) {
     for (const Sites::Entry& entry : cta.sites.entries())
         if (entry.calls)
-            all.sites[{file_name(entry.site.file), entry.site.line, entry.instruction}] +=
-                entry.calls;
+            all.sites[{Sites::file(entry.site), entry.site.line, entry.instruction}] += entry.calls;
     all.registers.insert(cta.grants.begin(), cta.grants.end());
     all.ignored_calls += cta.ignored_calls;
 }

@@ -33,7 +33,7 @@ struct Settings {
 
 // A call of an instruction in the kernels' sources.
 struct SiteCount {
-    std::string file;  // without folders
+    std::string file;  // below csrc
     int line;
     std::string instruction;
     bool synchronises;  // a wait, fence, arrival, commit or barrier: something to leave out

@@ -54,11 +54,6 @@ const char* const kNames[] = {
 static_assert(std::size(kNames) == static_cast<size_t>(Instruction::kConvert) + 1,
               "every instruction has a name");
 
-std::string file_name(const char* path) {
-    const char* slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
-}
-
 }  // namespace
 
 const char* name(Instruction instruction) { return kNames[static_cast<size_t>(instruction)]; }
@@ -87,10 +82,16 @@ bool synchronises(Instruction instruction) {
     }
 }
 
+std::string Sites::file(Site site) {
+    const std::string path = site.file;
+    const size_t sources = path.rfind("csrc/");
+    return sources == std::string::npos ? path : path.substr(sources + 5);
+}
+
 uint32_t Sites::find(Instruction instruction, Site site) {
-    const auto file = reinterpret_cast<uintptr_t>(site.file);
+    const auto path = reinterpret_cast<uintptr_t>(site.file);
     uint64_t hash =
-        (file ^ static_cast<uint64_t>(site.line) << 20 ^ static_cast<uint64_t>(instruction) << 40) *
+        (path ^ static_cast<uint64_t>(site.line) << 20 ^ static_cast<uint64_t>(instruction) << 40) *
         0x9e3779b97f4a7c15u;
     for (uint32_t slot = static_cast<uint32_t>(hash >> 40);; ++slot) {
         uint32_t& id = slots_[slot % kSlots];
@@ -98,9 +99,8 @@ uint32_t Sites::find(Instruction instruction, Site site) {
             entries_.push_back({site, instruction, 0, false});
             id = static_cast<uint32_t>(entries_.size());
             if (!ignored_.empty())
-                entries_.back().ignored = ignored_ == file_name(site.file) + ":" +
-                                                          std::to_string(site.line) + ":" +
-                                                          name(instruction);
+                entries_.back().ignored = ignored_ == file(site) + ":" + std::to_string(site.line) +
+                                                          ":" + name(instruction);
             return id - 1;
         }
         const Entry& entry = entries_[id - 1];
@@ -113,7 +113,7 @@ uint32_t Sites::find(Instruction instruction, Site site) {
 std::string Sites::text(uint32_t id) const {
     const Entry& entry = entries_[id];
     if (!entry.site.line) return entry.site.file;
-    return std::string(name(entry.instruction)) + " at " + file_name(entry.site.file) + ":" +
+    return std::string(name(entry.instruction)) + " at " + file(entry.site) + ":" +
            std::to_string(entry.site.line);
 }
 
