@@ -1,6 +1,8 @@
 # Every target sets up what it needs in .venv, made by PYTHON (3.11 or newer). A second call is fast.
 PYTHON ?= python3
 JOBS ?= 2
+# What a CPU measures; the first is `make bench`.
+PRESETS := cpu scaling k6-sr-tile k5-lite-10s k5-pro-10s-sd k5-pro-5s-hd wan14b-720p k5-pro-10s-hd
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -10,7 +12,7 @@ REFERENCE := build/reference/ready
 BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench quality model sanitize gpu-check
+.PHONY: help setup demo test lint bench bench-full bench-ci results readme quality model sanitize gpu-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,9 +41,25 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff format --check --diff .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the benchmarks of the stages, on this machine
-	$(BIN)/python -m benchmarks.block_mask
-	$(BIN)/python -m benchmarks.block_attention
+bench: $(READY)  ## the benchmarks of this machine's CPU in under five minutes, and a report
+	$(BIN)/nabla bench cpu --device cpu
+
+bench-full: $(READY)  ## those, cost over tokens, and every real workload with fewer heads and frames
+	for preset in $(PRESETS); do $(BIN)/nabla bench $$preset --device cpu || exit 1; done
+
+bench-ci: $(READY)  ## what continuous integration keeps track of, by pytest-benchmark
+	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-json out/bench-ci.json
+
+results: $(READY)  ## benchmarks/results/ anew, from a clean commit on a machine that does nothing else
+	@git diff --quiet HEAD || { echo "results name a commit: commit the changes first"; exit 1; }
+	for preset in $(PRESETS); do \
+	  $(BIN)/nabla bench $$preset --device cpu --json out/results/$$preset.jsonl || exit 1; \
+	done
+	mkdir -p benchmarks/results && cp out/results/*.jsonl benchmarks/results/
+	$(BIN)/python -m benchmarks.readme
+
+readme: $(READY)  ## the tables of README.md from benchmarks/results/
+	$(BIN)/python -m benchmarks.readme
 
 quality: OUT ?= out/quality
 quality: $(READY)  ## does NABLA cost quality? Trains and compares tiny models, 40 minutes on two cores

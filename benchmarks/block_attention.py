@@ -1,175 +1,252 @@
-"""Attention over the kept blocks against dense attention of torch, on the CPU.
+"""Stage 4: attention over the kept blocks against dense attention and block-sparse peers.
 
-    python -m benchmarks.block_attention [--seqlens 8192 16384] [--head-dims 64 128] ...
-
-FLOPs    of the kept blocks: 4 * density * S^2 * D * H forward, 2.5 times that backward
-E        density * (time of F.scaled_dot_product_attention) / (our time): 1 where every kept block
-         costs what it costs in dense attention
-total E  the same with our time to build a mask of this size (top_p and window) added
-
-Masks are random with a given density, which random queries and keys would not give. Nothing is
-timed before rows of the output agree with the reference. Below the tables: a line through the times
-over kept blocks, and the memory over tokens; out/block_attention.png shows both.
+FLOPs   of the kept blocks: 4 * density * S^2 * D * H forward, 3.5 times that with the backward
+bytes   q, k, v, out and the log-sum-exp once; with the backward also dout, dq, dk and dv
+E       density * (time of the fastest dense attention) / time
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import nabla
-from benchmarks.timing import fit_line, heading, interleaved, peak_memory
+from benchmarks import block_mask, masks
+from benchmarks.accuracy import (
+    Accuracy,
+    Sample,
+    check_attention,
+    check_gradients,
+    check_mask,
+    sampled,
+    sampled_dout,
+)
+from benchmarks.case import Case, Contest, MaskSpec, Shape, forward_bytes, with_role
+from benchmarks.peers.peer import Peer
+from benchmarks.results import MASK_PART, OURS
 from nabla import BlockMask, TokenGrid
 
-HEADS = 4
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STAGE = "block_attention"
+BACKWARD_WORK = 3.5  # FLOPs of forward and backward over those of the forward
 
 
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description="Block-sparse against dense attention on the CPU.")
-    parser.add_argument("--seqlens", type=int, nargs="+", default=[8192, 16384])
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5, 1.0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--plot", type=Path, default=Path("out/block_attention.png"))
-    options = parser.parse_args()
-    print(heading("block attention: median (p20-p80) ms"))
-    times, memory = {}, {}
-    for dtype in options.dtypes:
-        for head_dim in options.head_dims:
-            for seqlen in options.seqlens:
-                times |= measure(seqlen, head_dim, DTYPES[dtype], options.densities, options.rounds)
-    print("\nmemory above inputs, forward + backward, density 0.1, D=64, float32")
-    for seqlen in sorted({min(options.seqlens) // 2, *options.seqlens, 2 * max(options.seqlens)}):
-        memory[seqlen] = peak_memory(forward_and_backward, seqlen, 64, 0.1) / 2**20
-        per_token = memory[seqlen] / seqlen * 1024
-        print(f"  S={seqlen:<6} {memory[seqlen]:7.0f} MiB  {per_token:.1f} KiB per token")
-    plot(times, memory, options.plot)
+def cost(shape: Shape, specs: Sequence[MaskSpec]) -> float:
+    """FLOPs of one round, without the peers."""
+    return shape.workload.flops * (1 + sum(spec.density for spec in specs))
 
 
-def measure(
-    seqlen: int, head_dim: int, dtype: torch.dtype, densities: list[float], rounds: int
-) -> dict[str, list[tuple[float, float]]]:
-    """Print the tables of one shape; return its curves: milliseconds over kept blocks."""
-    q, k, v, grid = inputs(seqlen, head_dim, dtype)
-    dout = torch.randn_like(q)
-    masks = {density: random_mask(grid, density) for density in densities}
-    for mask in masks.values():
-        check(q, k, v, mask)
+def contest(shape: Shape, specs: Sequence[MaskSpec], peers: list[Peer]) -> Contest:
+    """Forward, under masks of every specification."""
+    return build(STAGE, shape, specs, peers, with_grad=False)
 
-    def both(attend) -> None:
-        torch.autograd.grad(attend(), (q, k, v), dout)
 
-    def dense() -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-
-    def sparse(density: float) -> Tensor:
-        return nabla.block_sparse_attention(q, k, v, masks[density], backend="cpu")
-
-    def build() -> BlockMask:
-        return nabla.create_block_mask(q, k, grid=grid, top_p=0.5, window=(1, 1, 3), backend="cpu")
-
-    forward = {"dense": dense, "mask": build}
-    forward |= {str(density): lambda d=density: sparse(d) for density in densities}
-    with torch.no_grad():
-        seconds = interleaved(forward, rounds)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    backward = {"dense": lambda: both(dense)}
-    backward |= {str(density): lambda d=density: both(lambda: sparse(d)) for density in densities}
-    seconds_both = interleaved(backward, rounds)
-
-    print(f"\nS={seqlen} H={HEADS} D={head_dim} {str(dtype).removeprefix('torch.')}")
-    print(f"  mask {seconds['mask']} ms")
-    curves = {}
-    for name, times, work in (("forward", seconds, 1.0), ("forward+backward", seconds_both, 3.5)):
-        flops = 4 * seqlen**2 * head_dim * HEADS * work
-        speed = flops / times["dense"].median / 1e9
-        print(f"  {name}: dense {times['dense']} ms, {speed:.0f} GFLOP/s")
-        curve = curves[f"{name}, S={seqlen} D={head_dim} {str(dtype).removeprefix('torch.')}"] = []
-        for density, mask in masks.items():
-            ours, share = times[str(density)], float(mask.density())
-            curve.append((share * HEADS * grid.num_blocks**2, ours.median * 1e3))
-            ideal = share * times["dense"].median
-            print(
-                f"    density={share:.3f} {ours} ms"
-                f"  {share * flops / ours.median / 1e9:4.0f} GFLOP/s"
-                f"  {times['dense'].median / ours.median:5.1f}x dense"
-                f"  E {ideal / ours.median:.2f}"
-                f"  total E {ideal / (ours.median + seconds['mask'].median):.2f}",
-                flush=True,
+def build(
+    stage: str, shape: Shape, specs: Sequence[MaskSpec], peers: list[Peer], *, with_grad: bool
+) -> Contest:
+    """The cases of this stage, or with `with_grad` those of train.py."""
+    q, k, v = shape.inputs(distinct_blocks=False)
+    grid, heads = shape.workload.grid, shape.workload.heads
+    attention = _Attention(stage, shape, (q, k, v), with_grad)
+    found = Contest(with_grad=with_grad)
+    everything = full_mask(grid, shape.device)
+    for peer in with_role(peers, "dense", shape.device):
+        if peer.differentiable or not with_grad:
+            found.cases.append(
+                attention.case(peer.name, peer.prepare, everything, mask="dense", density=1.0)
             )
-        start, slope, deviation = fit_line(curve)
-        print(
-            f"    line: {start:.1f} ms + {slope * 1e3:.2f} us per kept block, "
-            f"at most {deviation:.0%} off"
+    for spec in specs:
+        mask = make(spec, grid, heads, shape)
+        found.cases += attention.under(mask, spec, peers)
+    if not with_grad and shape.workload.window is not None:
+        found.cases += _windows(attention, grid, peers)
+    found.cases.append(attention.mask_building())
+    return found
+
+
+def captured_contest(stage: str, frames: int, shape: Shape, peers: list[Peer]) -> Contest:
+    """The tiny model's own q, k and v, of this shape, under the mask that it builds of them."""
+    *qkv, mask = masks.captured(frames)
+    q, k, v = (x.to(shape.device, shape.dtype) for x in qkv)
+    mask = mask.to(shape.device)
+    attention = _Attention(stage, shape, (q, k, v), with_grad=False)
+    everything = full_mask(mask.grid, shape.device)
+    found = Contest()
+    for peer in with_role(peers, "dense", shape.device):
+        found.cases.append(
+            attention.case(peer.name, peer.prepare, everything, mask="dense", density=1.0)
         )
-    return curves
+    found.cases += attention.under(mask, MaskSpec("captured", 0.0), peers)
+    return found
 
 
-def plot(times: dict[str, list[tuple[float, float]]], memory: dict[int, float], path: Path) -> None:
-    """Draw the times over kept blocks and the memory over tokens."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, curve in times.items():
-        left.loglog(*zip(*curve, strict=True), "o-", markersize=3, linewidth=1, label=name)
-    left.set(xlabel="kept blocks, all heads", ylabel="ms", title="time over kept blocks")
-    left.legend(fontsize=5, ncols=2)
-    right.plot(memory.keys(), memory.values(), "o-")
-    right.set(xlabel="tokens", ylabel="MiB above inputs", title="memory, forward + backward")
-    right.set_ylim(bottom=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"\ncurves in {path}")
-
-
-def inputs(
-    seqlen: int, head_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, TokenGrid]:
-    """Random queries, keys and values of a plain sequence."""
-    q, k, v = (torch.randn(1, HEADS, seqlen, head_dim).to(dtype) for _ in range(3))
-    return q, k, v, TokenGrid.sequence(seqlen)
-
-
-def random_mask(grid: TokenGrid, density: float) -> BlockMask:
-    """A mask that keeps each block with the probability `density`."""
-    keep = torch.rand(1, HEADS, grid.num_blocks, grid.num_blocks) < density
+def full_mask(grid: TokenGrid, device: torch.device) -> BlockMask:
+    """The mask of dense attention, for any number of heads."""
+    keep = torch.ones(grid.num_blocks, grid.num_blocks, dtype=torch.bool, device=device)
     return BlockMask.from_dense(keep, grid=grid)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
-    """Compare the first rows with the reference; a benchmark of wrong output would be worthless."""
-    blocks = slice(0, 2)
-    rows = slice(0, mask.grid.block_start(2))
-    part = BlockMask.from_dense(mask.to_dense()[:, :, blocks], grid=mask.grid)
-    exact = nabla.block_sparse_attention(
-        *(x.double() for x in (q[:, :, rows], k, v)), part, backend="reference"
+def make(spec: MaskSpec, grid: TokenGrid, heads: int, shape: Shape) -> BlockMask:
+    """A mask of a specification."""
+    if spec.kind == "random":
+        return masks.random_mask(grid, heads, spec.density, shape.device)
+    assert spec.kind == "nabla-like", spec
+    return masks.nabla_like_mask(
+        grid,
+        heads,
+        spec.density,
+        window=shape.workload.window,
+        correlation=spec.correlation,
+        device=shape.device,
     )
-    ours = nabla.block_sparse_attention(q, k, v, mask, backend="cpu")[:, :, rows].double()
-    error, tolerance = (ours - exact).abs().max().item(), 4 * torch.finfo(q.dtype).eps + 1e-6
-    if not error <= tolerance:
-        raise SystemExit(f"wrong output, nothing is timed: error {error:.2e} above {tolerance:.2e}")
 
 
-def forward_and_backward(seqlen: int, head_dim: int, density: float):
-    """Inputs for peak_memory, and the run that it measures."""
-    q, k, v, grid = inputs(seqlen, head_dim, torch.float32)
-    mask, dout = random_mask(grid, density), torch.randn_like(q)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
+class _Attention:
+    """Makes cases of attention over q, k and v of one shape."""
 
-    def run() -> None:
-        out = nabla.block_sparse_attention(q, k, v, mask, backend="cpu")
-        torch.autograd.grad(out, (q, k, v), dout)
+    def __init__(
+        self, stage: str, shape: Shape, qkv: tuple[Tensor, Tensor, Tensor], with_grad: bool
+    ) -> None:
+        self.stage, self.shape, self.with_grad = stage, shape, with_grad
+        self.qkv = tuple(x.requires_grad_(with_grad) for x in qkv)
+        self.dout = torch.randn_like(self.qkv[0]) if with_grad else None
 
-    return run
+    def under(self, mask: BlockMask, spec: MaskSpec, peers: list[Peer]) -> list[Case]:
+        """Ours and the peers under one mask."""
+        density = float(mask.density())
+        asked = None if spec.kind == "captured" else spec.density
+        about = {"mask": str(spec), "asked": asked, "density": density}
+        ours = self.case(OURS, _ours, mask, mask, **about)
+        cases = [ours]
+        if self.shape.device.type == "cuda" and not self.with_grad:
+            cases.append(replace(ours, row=replace(ours.row, part="graph"), is_graph=True))
+        for peer in with_role(peers, "sparse", self.shape.device):
+            if self.with_grad and not peer.differentiable:
+                continue
+            if peer.block == 64:
+                cases.append(self.case(peer.name, peer.prepare, mask, mask, **about))
+                continue
+            covering = masks.dilated(mask)[1]
+            extra = (float(covering.density()) - density) * self.work
+            cases.append(
+                self.case(
+                    peer.name,
+                    lambda *x, peer=peer, mask=mask: peer.prepare(*x[:3], mask),
+                    covering,
+                    covering,
+                    **about,
+                    extra_flops=extra,
+                )
+            )
+        return cases
+
+    def mask_building(self) -> Case:
+        """Ours, for q and k of this shape: what a model pays beside the attention."""
+        q, k, _ = (x.detach() for x in self.qkv)
+        workload = self.shape.workload
+        build = block_mask.builder(q, k, workload)
+        row = self.shape.row(self.stage, OURS, mask="built", part=MASK_PART)
+        options = {"top_p": workload.top_p, "window": workload.window}
+        return Case(row, build, lambda: check_mask(build(), q, k, **options))
+
+    @property
+    def work(self) -> float:
+        """FLOPs of dense attention."""
+        return self.shape.workload.flops * (BACKWARD_WORK if self.with_grad else 1)
+
+    def case(
+        self,
+        name: str,
+        prepare: Callable[..., Callable[[], object]],
+        attended: BlockMask | Sequence[Sample],
+        mask_of_blocks: BlockMask | None = None,
+        **about,
+    ) -> Case:
+        """A case of an implementation; what it prepares once is not timed.
+
+        Args:
+            name: Of the implementation.
+            prepare: Makes its run.
+            attended: What its output is checked under: a mask, of which fresh rows are sampled at
+                every check, or rows.
+            mask_of_blocks: What `prepare` takes beside q, k and v, if anything.
+            about: For the row.
+        """
+        moved = forward_bytes(self.shape) * (3 if self.with_grad else 1)
+        row = self.shape.row(
+            self.stage, name, flops=about["density"] * self.work, bytes=moved, **about
+        )
+        arguments = self.qkv if mask_of_blocks is None else (*self.qkv, mask_of_blocks)
+        prepared: list[Callable[[], Tensor]] = []
+
+        def attend() -> Tensor:
+            if not prepared:
+                prepared.append(prepare(*arguments))
+            return prepared[0]()
+
+        def forward_and_backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(attend(), self.qkv, self.dout)
+
+        def check() -> Accuracy:
+            out = attend()
+            samples = sampled(attended) if isinstance(attended, BlockMask) else attended
+            found = check_attention(out.detach(), *(x.detach() for x in self.qkv), samples)
+            if not self.with_grad:
+                return found
+            dout = sampled_dout(out.detach(), samples)
+            gradients = torch.autograd.grad(out, self.qkv, dout)
+            of_gradients = check_gradients(gradients, dout, *self.qkv, samples)
+            return max(found, of_gradients, key=lambda accuracy: accuracy.error / accuracy.allowed)
+
+        return Case(row, forward_and_backward if self.with_grad else attend, check)
 
 
-if __name__ == "__main__":
-    main()
+def _ours(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Callable[[], Tensor]:
+    return lambda: nabla.block_sparse_attention(q, k, v, mask)
+
+
+def _windows(attention: _Attention, grid: TokenGrid, peers: list[Peer]) -> list[Case]:
+    """Peers with a window of tokens: that of the workload, in tokens. Their tokens are in raster
+    order, which random ones are in as well."""
+    window = attention.shape.workload.window
+    assert window is not None
+    extents = (grid.frames, grid.height, grid.width)
+    kernel = tuple(
+        min(blocks * size, extent)
+        for blocks, size, extent in zip(window, grid.block, extents, strict=True)
+    )
+    density = 1.0
+    for size, extent in zip(kernel, extents, strict=True):
+        density *= size / extent
+    return [
+        attention.case(
+            peer.name,
+            lambda *qkv, peer=peer: peer.prepare(*qkv, grid, kernel),
+            _window_samples(grid, kernel, attention.shape),
+            mask=f"window {kernel}",
+            density=density,
+        )
+        for peer in with_role(peers, "window", attention.shape.device)
+    ]
+
+
+def _window_samples(grid: TokenGrid, kernel: Sequence[int], shape: Shape) -> list[Sample]:
+    """Single tokens in raster order, and the window of each, moved inwards at the borders."""
+    extents = (grid.frames, grid.height, grid.width)
+    samples = []
+    for token in (0, grid.num_tokens // 2, grid.num_tokens - 1):
+        at = (
+            token // (grid.height * grid.width),
+            token // grid.width % grid.height,
+            token % grid.width,
+        )
+        keep = torch.zeros(extents, dtype=torch.bool, device=shape.device)
+        starts = [
+            min(max(i - size // 2, 0), extent - size)
+            for i, size, extent in zip(at, kernel, extents, strict=True)
+        ]
+        keep[tuple(slice(s, s + size) for s, size in zip(starts, kernel, strict=True))] = True
+        samples.append(Sample(0, slice(token, token + 1), keep.flatten()))
+    return samples

@@ -4,12 +4,13 @@
 
 Runs with the Python that runs it, from the checkout, without network, in under 8 minutes on an
 H200. That Python needs torch built for CUDA; what else is missing is named, and its step skipped.
-OUT gets record.json, benchmark.json and log.txt.
+OUT gets record.json, log.txt, the rows benchmark.jsonl, and the report of the benchmarks.
 Exit status: 0 all passed, 1 something failed, 2 this machine cannot run it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ def main(out: Path) -> int:
     if (reason := missing()) is not None:
         print(f"gpu-check: {reason}", file=sys.stderr)
         return 2
+    from benchmarks.machine import commit, gpu
     from nabla.inspect import environment
 
     out.mkdir(parents=True, exist_ok=True)
@@ -101,9 +103,13 @@ def sanitizer_command(out: Path, seconds: float) -> Sequence[str] | str:
 
 
 def benchmark_command(out: Path, seconds: float) -> Sequence[str] | str:
-    """The stages against what they replace; it begins nothing late, to end in time."""
-    rows = str(out.resolve() / "benchmark.json")
-    return [sys.executable, "-m", "benchmarks.gpu", rows, "--seconds", str(int(seconds - 30))]
+    """The real workloads against what there is; it begins nothing late, to end in time."""
+    options = {
+        "--seconds": str(int(seconds - 30)),
+        "--json": str(out.resolve() / "benchmark.jsonl"),
+        "--out": str(out.resolve() / "benchmark"),
+    }
+    return [sys.executable, "-m", "benchmarks.suite", "gpu", *itertools.chain(*options.items())]
 
 
 def run(name: str, command: Sequence[str] | str, seconds: float, log: TextIO) -> dict:
@@ -174,25 +180,6 @@ def missing() -> str | None:
 def is_marked(path: Path) -> bool:
     """Whether a test file has tests for a GPU."""
     return "mark.gpu" in path.read_text()
-
-
-def gpu() -> str | None:
-    """Return what nvidia-smi says of the GPU: name, driver, clocks; None where it is not there."""
-    query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    return _output("nvidia-smi", query, "--format=csv,noheader")
-
-
-def commit() -> str | None:
-    """Return the commit of the checkout, or None where there is no git."""
-    return _output("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def _output(*command: str) -> str | None:
-    try:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() or None
 
 
 if __name__ == "__main__":

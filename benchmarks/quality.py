@@ -28,7 +28,7 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.gpu_check import commit
+from benchmarks.machine import commit
 from benchmarks.quality_page import write_page
 from kandinsky_model.attention import (
     CalibratedAttention,

@@ -1,22 +1,35 @@
-"""What the benchmarks of the stages share: interleaved timing, memory, the heading of a table."""
+"""Timing of cases that run in turn, and what it shows: medians, and ratios with their uncertainty.
+
+    relative = time of a case / time of the reference in the same round
+
+What else the machine does meets a round as a whole, so ratios within a round are steadier than
+times. A ratio is reported as the median over the rounds with an interval that holds the true median
+with 95 % confidence, whatever the distribution: order statistics of the rounds, and with fewer than
+six the smallest and the largest.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import multiprocessing
 import operator
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu_check import commit
-from nabla.inspect import environment
+L2_BYTES = 256 << 20  # more than any GPU has
+LEAST_ROUNDS, MOST_ROUNDS = 3, 31
+REPLAYS = 3
+SHORTEST = 0.03  # seconds for which a short case is repeated in a round on a CPU
+PRECISE = 0.02  # half width of the interval of a ratio at which a case needs no further rounds
+
+Cases = dict[Hashable, Callable[[], object]]
 
 
 class Seconds(NamedTuple):
@@ -26,28 +39,101 @@ class Seconds(NamedTuple):
     p20: float
     p80: float
 
-    def __str__(self) -> str:
-        return f"{self.median * 1e3:9.1f} ({self.p20 * 1e3:.1f}-{self.p80 * 1e3:.1f})"
+
+class Ratio(NamedTuple):
+    """The median of a ratio, and an interval that holds the true one with 95 % confidence."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Of the interval, in units of the logarithm: 0.1 is about 10 %."""
+        return math.log(self.high / self.low) / 2
 
 
-def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, Seconds]:
-    """Time cases in turn, so that what else the machine does meets them alike.
+class Timing(NamedTuple):
+    """What the rounds of a case showed."""
 
-    Each runs once unmeasured, then `rounds` times, and in every round for at least 50 ms.
+    seconds: Seconds
+    relative: Ratio
+    rounds: int
+
+
+def contest(
+    cases: Cases,
+    reference: Hashable,
+    *,
+    device: torch.device,
+    seconds: float,
+    stop: float = math.inf,
+    least: int = LEAST_ROUNDS,
+    graphs: Collection[Hashable] = (),
+) -> dict[Hashable, Timing]:
+    """Time cases in turn, each of which has run before.
+
+    `least` rounds; then, until `seconds` have passed, further ones of the reference and of the
+    cases whose ratio is not yet known precisely.
+
+    Args:
+        cases: What to time, by name.
+        reference: The case that ratios are of.
+        device: Where they run.
+        seconds: After which no round begins, except the first ones.
+        stop: When by time.monotonic() not even a first one begins.
+        least: Rounds that are run before `seconds` count.
+        graphs: Cases to time as CUDA graphs.
+
+    Returns:
+        What the rounds showed; of no case if they were stopped before there were three.
     """
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for case in cases.values():
-        case()
-    for _ in range(rounds):
-        for name, case in cases.items():
-            began = time.perf_counter()
-            while True:
-                start = time.perf_counter()
-                case()
-                times[name].append(time.perf_counter() - start)
-                if time.perf_counter() - began > 0.05:
-                    break
-    return {name: summary(values) for name, values in times.items()}
+    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    replays = {name: graphed(cases[name]) for name in graphs}
+    spans: dict[Hashable, list[float]] = {name: [] for name in cases}
+    ratios: dict[Hashable, list[float]] = {name: [] for name in cases}
+    unsettled = [name for name in cases if name != reference]
+    began, done = time.monotonic(), 0
+    while time.monotonic() < stop and (
+        done < least or (done < MOST_ROUNDS and unsettled and _fits(began, done, seconds))
+    ):
+        order = unsettled if done % 2 else unsettled[::-1]  # a drift is no advantage
+        half = len(order) // 2
+        for name in (*order[:half], reference, *order[half:]):
+            replay = replays.get(name)
+            spans[name].append(clock(cases[name]) if replay is None else _graph_seconds(replay))
+        for name in unsettled:
+            ratios[name].append(spans[name][-1] / spans[reference][-1])
+        done += 1
+        if done >= least:
+            unsettled = [name for name in unsettled if interval(ratios[name]).half_width > PRECISE]
+    if done < LEAST_ROUNDS:
+        return {}
+    ratios[reference] = [1.0] * len(spans[reference])
+    return {
+        name: Timing(summary(spans[name]), interval(ratios[name]), len(spans[name]))
+        for name in cases
+    }
+
+
+def summary(values: Sequence[float]) -> Seconds:
+    """Return the median and the percentiles of times in seconds."""
+    if len(values) == 1:
+        return Seconds(values[0], values[0], values[0])
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return Seconds(statistics.median(values), deciles[1], deciles[7])
+
+
+def interval(values: Sequence[float]) -> Ratio:
+    """Return the median of a sample and the 95 % interval of the true one."""
+    ordered, count = sorted(values), len(values)
+    outside, tail = 0, 0.5**count  # the probability that the median is below the smallest value
+    while outside < (count - 1) // 2:
+        wider = tail + math.comb(count, outside + 1) * 0.5**count
+        if wider > 0.025:
+            break
+        outside, tail = outside + 1, wider
+    return Ratio(statistics.median(ordered), ordered[outside], ordered[count - 1 - outside])
 
 
 def fit_line(points: list[tuple[float, float]]) -> tuple[float, float, float]:
@@ -63,47 +149,103 @@ def fit_line(points: list[tuple[float, float]]) -> tuple[float, float, float]:
     return start, slope, max(abs(start + slope * x - y) / y for x, y in points)
 
 
-def peak_memory(function: Callable[..., object], *arguments) -> int:
+def fit_power(points: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Fit y = factor * x^exponent; also return the largest relative error."""
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    exponent, start = statistics.linear_regression(*zip(*logs, strict=True))
+    factor = math.exp(start)
+    return factor, exponent, max(abs(factor * x**exponent - y) / y for x, y in points)
+
+
+def graphed(case: Callable[[], object]) -> Callable[[], object]:
+    """Return the case as a CUDA graph: its kernels without the launches.
+
+    Raises:
+        RuntimeError: If it cannot be captured, for example because it waits for the device.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warms up where the capture runs
+        case()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = case()
+
+    def replay(result=result) -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def peak_memory(function: Callable[..., object], calls: Sequence[tuple]) -> list[int]:
     """Return the bytes that the peak of a fresh process is above what function() prepares.
 
     `function(*arguments)` makes its inputs and returns what is to be measured, without arguments.
+
+    Args:
+        function: Prepares a run.
+        calls: Its arguments, for each run.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_peak_memory, function, arguments, torch.get_num_threads()).result()
+        return process.submit(_peaks, function, calls, torch.get_num_threads()).result()
 
 
-def heading(title: str) -> str:
-    """Return what every table has to state: the machine, its software, the commit and the date."""
-    about = environment()
-    versions, cpu = about["versions"], about["cpu"]
-    from nabla import cpu as kernels
-
-    return (
-        f"{title}\n"
-        f"{cpu['name']}, {cpu['threads']} threads, kernels for {kernels.instruction_sets()[0]}; "
-        f"torch {versions['torch']}, nabla {versions['nabla']} at "
-        f"{(commit() or 'no commit')[:12]}, {datetime.now(UTC):%Y-%m-%d}"
-    )
+def _fits(began: float, done: int, seconds: float) -> bool:
+    """Whether one more round, as long as those before, ends within so many seconds."""
+    return (time.monotonic() - began) * (done + 1) / done < seconds
 
 
-def summary(values: list[float]) -> Seconds:
-    """Return the median and the percentiles of times in seconds."""
-    if len(values) == 1:
-        return Seconds(values[0], values[0], values[0])
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return Seconds(statistics.median(values), deciles[1], deciles[7])
+def _cpu_seconds(case: Callable[[], object]) -> float:
+    """Seconds of a case; of a short one the median of several, which a pause does not change."""
+    began, spans = time.perf_counter(), []
+    while not spans or time.perf_counter() - began < SHORTEST:
+        start = time.perf_counter()
+        case()
+        spans.append(time.perf_counter() - start)
+    return statistics.median(spans)
 
 
-def _peak_memory(function: Callable[..., Callable[[], object]], arguments, threads: int) -> int:
+def _cuda_seconds(case: Callable[[], object]) -> float:
+    """Seconds of a case on the device, with a cold L2 cache."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
+    flushed.zero_()  # empties the cache, and gives the launches a head start
+    start.record()
+    case()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _graph_seconds(replay: Callable[[], object]) -> float:
+    """Seconds of a CUDA graph, replayed back to back."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    replay()
+    start.record()
+    for _ in range(REPLAYS):
+        replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / REPLAYS
+
+
+def _peaks(
+    function: Callable[..., Callable[[], object]], calls: Sequence[tuple], threads: int
+) -> list[int]:
     torch.set_num_threads(threads)
-    measured = function(*arguments)
-    measured()  # loads what it needs
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident_bytes()
-    _reset_peak()
-    result = measured()
-    del result
-    return _peak_bytes() - before
+    peaks = []
+    for arguments in calls:
+        measured = function(*arguments)
+        measured()  # loads what it needs
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _resident_bytes()
+        _reset_peak()
+        result = measured()
+        del result
+        peaks.append(_peak_bytes() - before)
+    return peaks
 
 
 def _resident_bytes() -> int:

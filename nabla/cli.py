@@ -5,12 +5,16 @@ nabla demo             dense and NABLA attention side by side on a real clip
 nabla mask             picture of a block mask
 nabla generate         a video or an image of Kandinsky 5, from its weights
 nabla tune             fastest tiles of the Triton kernels on the GPU at hand
+nabla bench            the benchmark suite, in a checkout
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal
 
 import torch
@@ -157,6 +161,35 @@ def tune(
 
 
 @app.command()
+def bench(
+    preset: Annotated[str, typer.Argument(help="What to run, such as cpu or k5-lite-10s.")],
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; else CUDA if any.")] = None,
+    peers: Annotated[str | None, typer.Option(help="Peers to measure beside: sdpa,flex")] = None,
+    json_lines: Annotated[
+        Path | None, typer.Option("--json", help="Where to write the rows, as JSON lines.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Results of another run: exit status 1 if now slower.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="To take, about.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for pictures and report.")] = None,
+) -> None:
+    """Measure the kernels against dense attention and other libraries; write a report."""
+    suite, report = _benchmarks()
+    status = suite.bench(
+        preset,
+        device=device,
+        peers=None if peers is None else [name.strip() for name in peers.split(",")],
+        json=json_lines,
+        compare=compare,
+        seconds=seconds,
+        out=out,
+        say=report.rich,
+    )
+    raise typer.Exit(status)
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     preset: Annotated[str, typer.Option(help="The model, such as video-lite-10s.")],
@@ -226,6 +259,28 @@ def generate(
         variant=templates,
         plan_only=plan,
     )
+
+
+def _benchmarks() -> tuple[ModuleType, ModuleType]:
+    """The suite and its report, from the checkout that this package is part of.
+
+    They are not installed: results count with a commit, and a package called `benchmarks` among a
+    user's others could be anyone's.
+    """
+    checkout = Path(nabla.__file__).resolve().parent.parent
+    if not (checkout / "benchmarks" / "suite.py").exists():
+        raise ModuleNotFoundError(
+            f"nabla bench is part of the source, not of the package installed in {checkout}: in a "
+            "checkout run `make setup`, then `.venv/bin/nabla bench`"
+        )
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    try:
+        return import_module("benchmarks.suite"), import_module("benchmarks.report")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error}; the benchmarks need: pip install 'nabla-attention[demo]'", name=error.name
+        ) from error
 
 
 def _three(option: str, text: str) -> tuple[int, int, int]:

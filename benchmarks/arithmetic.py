@@ -1,0 +1,116 @@
+"""What attention does to a whole clip, and to a thousand: arithmetic from measured figures.
+
+bound        of the speed-up of a layer by FLOPs: (linear + attention) / (linear + d * attention)
+clip         calls * layers * (linear / product rate + attention / rate of attention), where rates
+             are those that a run measured: of dense attention, and of ours at the density
+device-hours 1000 clips on one device, for the denoising alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.results import OURS, Row, Run
+from benchmarks.tables import Table
+from benchmarks.workloads import WORKLOADS, Workload
+
+PAPER = (
+    "  Table 1 of the NABLA paper: 2.72x end to end for wan14b-720p at density 0.075 on 4 H100, of "
+    "at most 3.08x"
+)
+NOT_OF_TIME = (
+    "  A bound of operations: where attention runs at a lower rate than the rest, the speed-up "
+    "can be larger."
+)
+CLIPS = 1000
+
+
+def bounds(run: Run | None) -> Table:
+    """Every model workload: the bound by FLOPs beside the end-to-end speed-up of a run, if any."""
+    cells = []
+    for workload in WORKLOADS:
+        for density in workload.densities:
+            cells.append(
+                [
+                    workload.name,
+                    f"{density:g}",
+                    f"{workload.flops / 1e12:.1f}",
+                    f"{workload.linear_flops / 1e12:.1f}",
+                    f"{workload.bound(density):.2f}x",
+                    _end_to_end(run, workload, density),
+                ]
+            )
+    columns = (
+        *("workload", "density", "attention TFLOP", "other TFLOP", "bound"),
+        "measured end to end",
+    )
+    return Table("end-to-end bound of a layer by FLOPs", columns, cells, [PAPER, NOT_OF_TIME])
+
+
+def tables(runs: Sequence[Run]) -> list[Table]:
+    """Device-hours for a thousand clips, dense against NABLA, of each run."""
+    return [_table(run) for run in runs]
+
+
+def _table(run: Run) -> Table:
+    cells = []
+    for workload in WORKLOADS:
+        for density in workload.densities:
+            found = _hours(run, workload, density)
+            shown = ["unmeasured"] * 3
+            if found is not None:
+                dense, ours = found
+                shown = [f"{dense:,.0f}", f"{ours:,.0f}", f"{dense / ours:.2f}x"]
+            cells.append([workload.name, f"{density:g}", *shown, f"{workload.bound(density):.2f}x"])
+    device = "GPU" if run.about["device"] == "cuda" else "CPU"
+    columns = (
+        *("workload", "density", f"dense, {device}-hours", f"NABLA, {device}-hours"),
+        *("speed-up", "bound"),
+    )
+    notes = [
+        f"  Extrapolated from rates measured in this run, on one {device}: denoising alone, "
+        "without text encoder and VAE. Rates of shorter sequences stand for the whole where the "
+        "run was reduced."
+    ]
+    return Table(f"{CLIPS:,} clips: device-hours", columns, cells, notes)
+
+
+def _hours(run: Run, workload: Workload, density: float) -> list[float] | None:
+    """Dense and with NABLA; None if the run has not measured it."""
+    of_workload = [row for row in run.measured("block_attention") if row.workload == workload.name]
+    dense = [row.flops_per_second for row in of_workload if row.mask == "dense"]
+    ours = [
+        row.flops_per_second
+        for row in of_workload
+        if row.implementation == OURS and row.asked == density and row.mask.startswith("nabla-like")
+    ]
+    mask = [row for row in run.measured("block_mask", OURS) if row.workload == workload.name]
+    dtype = of_workload[0].dtype if of_workload else ""
+    if not (dense and ours and mask and workload.model and dtype in run.limits.gemm):
+        return None
+    linear = workload.linear_flops / run.limits.gemm[dtype]
+    layers = workload.model.calls * workload.model.layers
+    masks = _seconds(mask[0]) * workload.heads / mask[0].heads
+    each = (
+        linear + workload.flops / max(rate for rate in dense if rate),
+        linear + masks + density * workload.flops / min(rate for rate in ours if rate),
+    )
+    return [CLIPS * layers * seconds / 3600 for seconds in each]
+
+
+def _seconds(row: Row) -> float:
+    assert row.seconds is not None
+    return row.seconds.median
+
+
+def _end_to_end(run: Run | None, workload: Workload, density: float) -> str:
+    """The speed-up of a step of this run; or that there is none."""
+    for row in run.rows if run is not None else ():
+        of_step = (row.stage, row.part) == ("block", "step")
+        if of_step and row.workload == workload.name and row.asked == density and row.speedup:
+            note = f"{row.speedup:.2f}x, a step of {row.values['layers']} layers"
+            if row.reduced:
+                note += f" at {row.reduced}, density {row.density:.2f}, bound there "
+                note += f"{row.values['bound']:.2f}x"
+            return note
+    return "unmeasured"

@@ -1,0 +1,70 @@
+"""The stages stacked: nabla.attention from raster order to raster order, and what each stage takes
+of it, against dense attention. The density is what its own mask keeps of these q and k.
+"""
+
+from __future__ import annotations
+
+import nabla
+from benchmarks import block_attention
+from benchmarks.accuracy import Accuracy, check_attention, check_mask, sampled
+from benchmarks.block_mask import builder
+from benchmarks.case import Case, Contest, Shape, forward_bytes, with_role
+from benchmarks.peers.peer import Peer
+from benchmarks.results import OURS
+
+STAGE = "functional"
+PARTS = ("reorder", "mask", "attention")
+
+
+def cost(shape: Shape) -> float:
+    """FLOPs of one round."""
+    return shape.workload.flops * (1 + 2 * max(shape.workload.densities))
+
+
+def contest(shape: Shape, peers: list[Peer]) -> Contest:
+    """Dense attention, nabla.attention, and its parts one by one."""
+    q, k, v = shape.inputs()  # in block order: their blocks differ
+    workload, grid = shape.workload, shape.workload.grid
+    build = builder(q, k, workload)
+    mask = build()
+    raster = [nabla.fractal_unflatten(x, grid) for x in (q, k, v)]
+    out = nabla.block_sparse_attention(q, k, v, mask)
+    options = {"grid": grid, "top_p": workload.top_p, "window": workload.window}
+
+    def attention():
+        return nabla.attention(*raster, **options)
+
+    def check() -> Accuracy:
+        check_mask(build(), q, k, top_p=workload.top_p, window=workload.window)
+        whole = nabla.fractal_flatten(attention(), grid)
+        return check_attention(whole, q, k, v, sampled(mask))
+
+    def reorder():
+        return [nabla.fractal_flatten(x, grid) for x in raster], nabla.fractal_unflatten(out, grid)
+
+    density = float(mask.density())
+    moved = forward_bytes(shape)
+    about = {"mask": "built", "density": density}
+    work = density * workload.flops
+    found = Contest()
+    for peer in with_role(peers, "dense", shape.device):
+        row = shape.row(
+            STAGE, peer.name, mask="dense", density=1.0, flops=float(workload.flops), bytes=moved
+        )
+        run = peer.prepare(q, k, v)
+        found.cases.append(Case(row, run, lambda run=run: _check_dense(run(), q, k, v, shape)))
+    found.cases.append(
+        Case(shape.row(STAGE, OURS, **about, flops=work, bytes=moved), attention, check)
+    )
+    for part, run in zip(
+        PARTS,
+        (reorder, build, lambda: nabla.block_sparse_attention(q, k, v, mask)),
+        strict=True,
+    ):
+        found.cases.append(Case(shape.row(STAGE, OURS, part=part, **about), run, check))
+    return found
+
+
+def _check_dense(out, q, k, v, shape: Shape) -> Accuracy:
+    everything = block_attention.full_mask(shape.workload.grid, q.device)
+    return check_attention(out, q, k, v, sampled(everything))

@@ -1,0 +1,160 @@
+"""Renders the tables of README.md, and the page of arithmetic, from committed results.
+
+    python -m benchmarks.readme [--check]
+
+A table stands between <!-- results: NAME --> and <!-- end -->; what is not measured is said so.
+`--check` writes nothing and exits 1 if something would change.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+
+from benchmarks import arithmetic
+from benchmarks.machine import ROOT, describe
+from benchmarks.presets import TABLE_DENSITIES
+from benchmarks.results import OURS, Row, Run, read
+from benchmarks.tables import Table
+
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+ARITHMETIC = RESULTS / "arithmetic.md"
+UNMEASURED = "Not measured yet."
+
+
+def main(arguments: list[str]) -> int:
+    """Write what is not as the results are; return the exit status."""
+    runs = committed()
+    changed = False
+    for path, text in ((README, rendered(README.read_text(), runs)), (ARITHMETIC, page(runs))):
+        if not path.exists() or path.read_text() != text:
+            changed = True
+            print(f"{path.relative_to(ROOT)} differs from the results")
+            if "--check" not in arguments:
+                path.write_text(text)
+    return int(changed and "--check" in arguments)
+
+
+def committed() -> dict[str, Run]:
+    """The runs under results/, by the name of their file."""
+    return {path.stem: read(path) for path in sorted(RESULTS.glob("*.jsonl"))}
+
+
+def rendered(text: str, runs: dict[str, Run]) -> str:
+    """The README with its tables as the results are.
+
+    Raises:
+        ValueError: If it asks for a table that there is not.
+    """
+
+    def render(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"README asks for results {name!r}: there are {', '.join(TABLES)}")
+        return f"<!-- results: {name} -->\n{TABLES[name](runs)}\n<!-- end -->"
+
+    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end -->", render, text, flags=re.DOTALL)
+
+
+def page(runs: dict[str, Run]) -> str:
+    """The page of arithmetic."""
+    parts = [
+        "# Arithmetic at scale",
+        "Made by `make readme` from the results in this folder. What a layer can gain is bounded "
+        "by its FLOPs outside attention; what a thousand clips cost follows from measured rates.",
+    ]
+    for name, run in runs.items():
+        for table in (arithmetic.bounds(run), *arithmetic.tables([run])):
+            is_empty = all("unmeasured" in cells for cells in table.cells)
+            if is_empty and table.title.startswith("1,000"):
+                continue
+            parts += [f"## {name}: {table.title}", describe(run.about), table.markdown()]
+            parts += [note.strip() for note in table.notes]
+    if not any(run.about["device"] == "cuda" for run in runs.values()):
+        parts += ["## GPU", f"{UNMEASURED} `make gpu-check` measures it."]
+    return "\n\n".join(parts) + "\n"
+
+
+def attention_table(runs: dict[str, Run]) -> str:
+    """Speed-up and E on plain sequences."""
+    if (run := runs.get("cpu")) is None:
+        return UNMEASURED
+    groups: dict[tuple, dict[float | None, Row]] = {}
+    for stage in ("block_attention", "train"):
+        for row in run.measured(stage, OURS):
+            if row.mask == "random":
+                key = (row.dtype, row.head_dim, row.tokens, stage)
+                groups.setdefault(key, {})[row.asked] = row
+    cells = [
+        [
+            f"{dtype}, D={head_dim}, S={tokens:,}",
+            "forward" if stage == "block_attention" else "forward + backward",
+            *(_speedup(rows.get(density)) for density in TABLE_DENSITIES),
+        ]
+        for (dtype, head_dim, tokens, stage), rows in sorted(groups.items())
+    ]
+    columns = ("", "density", *(f"{density:g}" for density in TABLE_DENSITIES))
+    return _quoted(Table("", columns, cells), run)
+
+
+def mask_table(runs: dict[str, Run]) -> str:
+    """Building the mask of Kandinsky 5 Lite at 10 s."""
+    if (run := runs.get("cpu")) is None:
+        return UNMEASURED
+    shares = {
+        row.implementation: row.values["share_of_qkv"]
+        for row in run.rows
+        if row.stage == "memory" and row.part == "mask"
+    }
+    cells = []
+    for row in run.measured("block_mask"):
+        if row.workload == "k5-lite-10s" and row.seconds is not None and row.relative is not None:
+            share = shares.get(row.implementation)
+            cells.append(
+                [
+                    row.implementation,
+                    f"{row.heads} heads, {row.tokens // 64:,} blocks, {row.dtype}",
+                    f"{row.seconds.median * 1e3:,.0f} ms",
+                    f"{row.speedup:.1f}x",
+                    "" if share is None else f"{share:.1%}",
+                ]
+            )
+    columns = ("", "of", "time", "speed-up", "memory, of q + k + v")
+    return _quoted(Table("", columns, cells), run)
+
+
+def end_to_end_table(runs: dict[str, Run]) -> str:
+    """The bound by FLOPs of every model workload, beside what was measured."""
+    measured = [run for run in runs.values() if run.measured("block")]
+    cells = []
+    for index, line in enumerate(arithmetic.bounds(None).cells):
+        found = [arithmetic.bounds(run).cells[index][-1] for run in measured]
+        known = [value for value in found if value != "unmeasured"]
+        cells.append([*line[:-1], known[0] if known else "unmeasured"])
+    columns = ("workload", "density", "attention TFLOP", "other TFLOP", "bound", "end to end")
+    quoted = "; ".join(dict.fromkeys(describe(run.about) for run in measured))
+    note = f"End to end: {quoted}." if quoted else UNMEASURED
+    return f"{Table('', columns, cells).markdown()}\n\n{note}"
+
+
+TABLES: dict[str, Callable[[dict[str, Run]], str]] = {
+    "attention": attention_table,
+    "mask": mask_table,
+    "end_to_end": end_to_end_table,
+}
+
+
+def _speedup(row: Row | None) -> str:
+    if row is None or row.speedup is None or row.efficiency is None:
+        return "unmeasured"
+    return f"{row.speedup:.1f}x ({row.efficiency:.2f})"
+
+
+def _quoted(table: Table, run: Run) -> str:
+    return f"{table.markdown()}\n\n{describe(run.about)}."
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
