@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ from benchmarks.accuracy import Accuracy, check_attention, sampled
 from benchmarks.case import Case, Contest, MaskSpec, Shape
 from benchmarks.results import OURS
 from benchmarks.workloads import Workload
-from kandinsky_model.attention import DenseAttention, VisualAttention
-from kandinsky_model.config import CrossDiTConfig
-from kandinsky_model.layers import rotary_3d
-from kandinsky_model.model import CrossDiT, is_float32
 from nabla import BlockMask, TokenGrid
+
+if TYPE_CHECKING:  # the other stages run without what the model needs
+    from kandinsky_model.attention import VisualAttention
+    from kandinsky_model.model import CrossDiT
 
 STAGE = "block"
 TEXT_DIM = 64  # of the text features that random text has; what reads them runs once a step
@@ -71,6 +72,8 @@ def cost(shape: Shape, specs: Sequence[MaskSpec]) -> float:
 
 def contests(shape: Shape, specs: Sequence[MaskSpec]) -> list[Contest]:
     """A block, and a step: under dense attention, and under masks of every specification."""
+    from kandinsky_model.attention import DenseAttention
+
     used = shape.workload
     assert used.model is not None, used
     layers = layers_that_fit(used, shape.device)
@@ -103,6 +106,9 @@ def layers_that_fit(workload: Workload, device: torch.device) -> int:
 
 def random_model(workload: Workload, layers: int, shape: Shape) -> CrossDiT:
     """A CrossDiT of these widths and so many layers, of random weights."""
+    from kandinsky_model.config import CrossDiTConfig
+    from kandinsky_model.model import CrossDiT, is_float32
+
     model, head_dim = workload.model, workload.head_dim
     assert model is not None
     config = CrossDiTConfig(
@@ -130,6 +136,8 @@ class _Runs:
     """A block and a step of a model, on fresh inputs."""
 
     def __init__(self, model: CrossDiT, shape: Shape) -> None:
+        from kandinsky_model.layers import rotary_3d
+
         used, dtype = shape.workload, shape.dtype
         assert used.model is not None
         self.model, self.grid = model, used.grid

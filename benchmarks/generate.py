@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,12 +20,11 @@ from benchmarks.case import Case, Contest, Shape
 from benchmarks.results import OURS, Row
 from benchmarks.timing import Seconds
 from benchmarks.workloads import BY_NAME, Model, Workload
-from kandinsky_model.attention import DenseAttention, NablaAttention, VisualAttention
-from kandinsky_model.checkpoint import load_checkpoint
-from kandinsky_model.demo import WEIGHTS
-from kandinsky_model.model import CrossDiT
-from kandinsky_model.sampler import empty_text, sample
 from nabla import TokenGrid
+
+if TYPE_CHECKING:  # the other stages run without what the model needs
+    from kandinsky_model.attention import VisualAttention
+    from kandinsky_model.model import CrossDiT
 
 STAGE = "generate"
 PATCH = 2  # latent rows and columns of a token
@@ -45,6 +45,11 @@ def cost(shape: Shape) -> float:
 
 def contest(shape: Shape) -> Contest:
     """All steps of the tiny model, dense and with the attention that it was trained with."""
+    from kandinsky_model.attention import DenseAttention, NablaAttention
+    from kandinsky_model.checkpoint import load_checkpoint
+    from kandinsky_model.demo import WEIGHTS
+    from kandinsky_model.sampler import empty_text, sample
+
     used = shape.workload
     assert used.model is not None
     model = load_checkpoint(WEIGHTS, dtype=shape.dtype).to(shape.device)
@@ -146,6 +151,8 @@ class _Watched:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         """Attend as `attention` does."""
+        from kandinsky_model.attention import NablaAttention
+
         out = self.attention(q, k, v, grid)
         mask = full_mask(grid, q.device)
         if isinstance(self.attention, NablaAttention):
@@ -157,4 +164,6 @@ class _Watched:
 
 
 def _call(model: CrossDiT, noise: Tensor, text, attention: VisualAttention) -> None:
+    from kandinsky_model.sampler import sample
+
     sample(model, noise, text, num_steps=1, attention=attention)

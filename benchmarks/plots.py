@@ -19,7 +19,7 @@ from benchmarks import functional, scaling
 from benchmarks.results import OURS, Row, Run
 from benchmarks.timing import fit_line
 
-WIDTH, HEIGHT = 8.0, 4.6
+WIDTH, HEIGHT = 10.0, 4.6
 DPI = 110
 
 
@@ -200,14 +200,18 @@ def _logarithmic(axes: Any) -> None:
     """Both axes, with plain numbers on them."""
     from matplotlib.ticker import LogFormatter
 
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""  # where there is space for it
+
     axes.set(xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(LogFormatter())
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axis.set_major_formatter(Plain())
+        axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
 
 
 def _png(figure: Any, axes: Any) -> bytes:
-    axes.legend(fontsize=6, loc="best")
+    figure.legend(fontsize=6, loc="outside right upper")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=DPI)
     return picture.getvalue()

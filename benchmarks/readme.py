@@ -84,16 +84,16 @@ def attention_table(runs: dict[str, Run]) -> str:
     groups: dict[tuple, dict[float | None, Row]] = {}
     for stage in ("block_attention", "train"):
         for row in run.measured(stage, OURS):
-            if row.mask == "random":
-                key = (row.dtype, row.head_dim, row.tokens, stage)
+            if row.mask == "random" and row.workload == "sequence":
+                key = (row.dtype, row.heads, row.head_dim, row.tokens, stage)
                 groups.setdefault(key, {})[row.asked] = row
     cells = [
         [
-            f"{dtype}, D={head_dim}, S={tokens:,}",
+            f"{dtype}, H={heads}, D={head_dim}, S={tokens:,}",
             "forward" if stage == "block_attention" else "forward + backward",
             *(_speedup(rows.get(density)) for density in TABLE_DENSITIES),
         ]
-        for (dtype, head_dim, tokens, stage), rows in sorted(groups.items())
+        for (dtype, heads, head_dim, tokens, stage), rows in sorted(groups.items())
     ]
     columns = ("", "density", *(f"{density:g}" for density in TABLE_DENSITIES))
     return _quoted(Table("", columns, cells), run)

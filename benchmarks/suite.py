@@ -83,6 +83,9 @@ class Suite:
         before = len(self.rows)
         try:
             step.measure(self, seconds)
+        except ModuleNotFoundError as error:
+            reason = f"{error}: pip install 'nabla-attention[demo]'"
+            self.rows.append(Row(step.stage, step.workload, status="absent", reason=reason))
         except Exception as error:
             self._fail(Row(step.stage, step.workload), "failed", error)
         gc.collect()

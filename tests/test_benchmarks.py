@@ -28,7 +28,7 @@ from benchmarks import (
     timing,
     train,
 )
-from benchmarks.case import MaskSpec, Shape
+from benchmarks.case import MaskSpec, Shape, Step
 from benchmarks.machine import Limits
 from benchmarks.results import OURS, Row, Run
 from benchmarks.timing import Ratio, Seconds
@@ -272,6 +272,17 @@ def test_a_peer_that_fails_is_named_and_is_no_failure_of_ours():
     assert not found.failures
 
 
+def test_what_needs_more_than_is_installed_is_absent_and_stops_nothing():
+    def measure(suite_, seconds):
+        raise ModuleNotFoundError("No module named 'av'", name="av")
+
+    found = suite.Suite(CPU, YARDSTICKS, lambda rows: None)
+    found.measure(Step("generate", "tiny", torch.float32, 1.0, measure), 1.0)
+    (row,) = found.rows
+    assert (row.status, found.failures) == ("absent", 0)
+    assert row.reason == "No module named 'av': pip install 'nabla-attention[demo]'"
+
+
 def test_a_coarser_peer_gets_the_covering_mask_and_its_extra_work_is_shown():
     def prepare(q, k, v, mask):
         covering = masks.dilated(mask)[1]
@@ -449,12 +460,9 @@ def test_wrong_output_is_told_and_is_the_exit_status(mini, monkeypatch, capsys):
     status, said = bench(monkeypatch, capsys, "mini", "--device", "cpu", "--json", "rows.jsonl")
     assert status == 1
     assert "wrong: out: mean error" in said
-    ours = [
-        row
-        for row in results.read(Path.cwd() / "rows.jsonl").rows
-        if row.stage == "block_attention"
-    ]
-    assert {row.status for row in ours if row.implementation == OURS} == {"wrong"}
+    wrong = [row for row in results.read(Path("rows.jsonl")).rows if row.status == "wrong"]
+    assert {row.mask for row in wrong} == {str(spec) for spec in SPECS}
+    assert not [row for row in wrong if row.seconds]
 
 
 BAD = {
@@ -547,7 +555,7 @@ def test_tables_quote_what_is_in_the_results():
     }
     runs = {"cpu": Run("cpu", about, Limits(1e9, {}), rows)}
     table = readme.attention_table(runs)
-    assert "| float32, D=64, S=8,192 | forward | unmeasured | 4.0x (0.40) |" in table
+    assert "| float32, H=2, D=64, S=8,192 | forward | unmeasured | 4.0x (0.40) |" in table
     assert "A CPU, 2 threads" in table and "aaaaaaaaaaaa, 2026-01-02" in table
     assert readme.attention_table({}) == "Not measured yet."
     with pytest.raises(ValueError, match="nonsense"):
