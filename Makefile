@@ -12,7 +12,7 @@ REFERENCE := build/reference/ready
 BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-full bench-ci results readme quality model sanitize gpu-check
+.PHONY: help setup demo test mutations lint bench bench-full bench-ci results readme quality model sanitize gpu-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ $(REFERENCE): benchmarks/reference.txt | $(READY)
 test: $(READY) $(REFERENCE)  ## the test suite
 	$(BIN)/python -m pytest --numprocesses $(JOBS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
+
+mutations: $(READY)  ## are all waits, fences and barriers of the CUDA kernels needed? Leaves out each in turn
+	$(BIN)/python -m pytest tests/test_cuda_mutations.py -m '' --numprocesses $(JOBS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

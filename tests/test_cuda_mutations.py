@@ -1,0 +1,143 @@
+"""Every wait, fence, arrival, commit and barrier of the CUDA kernels is needed.
+
+Each is left out in turn, which the emulator does at run time. Then a fault is reported, or the
+result differs under some schedule, or the call is on the list below with the reason why it may be
+left out. `make mutations` tries every call; the suite tries a sample.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import nabla
+from nabla import _cuda_emulated as emulated
+
+SOURCES = Path(__file__).parent.parent / "csrc"
+SCHEDULES = (("random", 1), ("starving", 2), ("late", 0), ("eager", 3))
+SHARDS = 8  # the suite tries the calls of one
+
+# By source file, lines of calls that may be left out, and why.
+BENIGN = {
+    "cuda/sm90/block_mask.cu": {
+        "ptx::sync_warp();  // the candidates of the row before have been read": (
+            "every row has candidates of its own"
+        ),
+    },
+}
+
+
+class Case(NamedTuple):
+    """A call of a kernel, small, and with all that makes the kernel wait."""
+
+    name: str
+    run: Callable[[], tuple[Tensor, ...]]
+
+
+def mask_case() -> Case:
+    """Rows of more blocks than lanes, equal scores, a window, ragged blocks, extra tokens."""
+    grid = nabla.TokenGrid(frames=5, height=20, width=28, extra=70)
+    q, k = torch.randn(2, 1, 2, grid.num_tokens, 64).bfloat16().unbind()
+    k[:, :, :640] = k[:, :, :1]
+    q[:, :, :, 0] = 8 * torch.randn(grid.num_tokens)
+
+    def run() -> tuple[Tensor, ...]:
+        mask = nabla.create_block_mask(
+            q, k, grid=grid, top_p=0.6, window=(1, 3, 1), backend="cuda-emulated"
+        )
+        return (mask.bits,)
+
+    return Case("mask", run)
+
+
+def scores_case() -> Case:
+    q, k = torch.randn(2, 1, 1, 1000, 64).half().unbind()
+    grid = nabla.TokenGrid(frames=1, height=8, width=125)
+    return Case("scores", lambda: (nabla.pooled_scores(q, k, grid=grid, backend="cuda-emulated"),))
+
+
+def outcome(case: Case, schedule: str, seed: int, ignored: str = "") -> tuple[Tensor, ...] | None:
+    """The result, or None where the emulator reports a fault."""
+    emulated.configure(schedule, seed, ignored=ignored)
+    try:
+        return case.run()
+    except emulated.EmulationError:
+        return None
+    finally:
+        emulated.configure()
+
+
+def synchronising_calls(case: Case) -> set[str]:
+    """The calls "file:line:instruction" that the case makes."""
+    emulated.clear_report()
+    case.run()
+    return {
+        f"{file}:{line}:{instruction}"
+        for file, line, instruction, synchronises, _ in emulated.sites()
+        if synchronises
+    }
+
+
+def source_line(call: str) -> tuple[str, str]:
+    """The file and the text of a call: what does not change with the lines above it."""
+    file, line, _ = call.split(":")
+    return file, (SOURCES / file).read_text().splitlines()[int(line) - 1].strip()
+
+
+def is_benign(line: tuple[str, str]) -> bool:
+    file, text = line
+    return text in BENIGN.get(file, {})
+
+
+def is_noticed(call: str, cases: list[Case], results: dict) -> bool:
+    """Whether leaving the call out shows in any case under any schedule."""
+    for schedule, seed in SCHEDULES:
+        for case in cases:
+            if (case.name, schedule) not in results:
+                results[case.name, schedule] = outcome(case, schedule, seed)
+            expected = results[case.name, schedule]
+            assert expected is not None, f"{case.name} fails under {schedule}, {seed}"
+            emulated.clear_report()
+            actual = outcome(case, schedule, seed, ignored=call)
+            assert emulated.ignored_calls(), f"{case.name} makes {call} no longer"
+            if actual is None or not all(map(same_bits, actual, expected)):
+                return True
+    return False
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    as_bytes = [x.contiguous().view(torch.uint8) for x in (a, b)]
+    return torch.equal(*as_bytes)
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    torch.manual_seed(0)
+    return [mask_case(), scores_case()]
+
+
+@pytest.mark.parametrize(
+    "shard", [0, *(pytest.param(i, marks=pytest.mark.mutations) for i in range(1, SHARDS))]
+)
+def test_calls_are_needed(cases, shard):
+    calls_of = {case.name: synchronising_calls(case) for case in cases}
+    calls = sorted(set().union(*calls_of.values()))
+    results: dict = {}
+    unneeded, needed = [], []
+    for call in calls[shard::SHARDS]:
+        users = [case for case in cases if call in calls_of[case.name]]
+        (needed if is_noticed(call, users, results) else unneeded).append(source_line(call))
+    surprises = [line for line in unneeded if not is_benign(line)]
+    assert not surprises, f"left out, and nothing shows: {surprises}"
+    stale = [line for line in needed if is_benign(line)]
+    assert not stale, f"not benign: {stale}"
+
+
+def test_benign_calls_are_in_the_sources():
+    for file, texts in BENIGN.items():
+        lines = [line.strip() for line in (SOURCES / file).read_text().splitlines()]
+        for text in texts:
+            assert lines.count(text) == 1, f"{text} is in {file} {lines.count(text)} times"
