@@ -115,7 +115,6 @@ struct AttentionBackwardParams {
     const float* dlse;            // [B, Hq, Sq]; null for zero
     float* delta;                 // [B, Hq, Sq] workspace: rowsum(dout * out) - dlse
     View dq, dk, dv;              // like q, k, v
-    View dq_sum, dk_sum, dv_sum;  // float32, like q, k, v: running sums; in float32 dq, dk, dv
 };
 
 }  // namespace nabla

@@ -140,9 +140,6 @@ inline AttentionBackwardParams attention_backward_params(const Fields& f) {
     p.dq = f.view("dq");
     p.dk = f.view("dk");
     p.dv = f.view("dv");
-    p.dq_sum = f.view("dq_sum");
-    p.dk_sum = f.view("dk_sum");
-    p.dv_sum = f.view("dv_sum");
     return p;
 }
 

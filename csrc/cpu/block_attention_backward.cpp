@@ -20,6 +20,7 @@ constexpr int kMostChunkBlocks = 64;   // more sums would leave the caches
 constexpr int kFewestChunkBlocks = 8;  // fewer would pack each query block too often
 constexpr int kRoundTasks = 16;        // wanted between these bounds, to feed the threads
 constexpr int kFewestPairs = 4;        // kept key blocks of a query block in a chunk, on average
+constexpr int kTasksPerThread = 2;     // in a round, where there are heads enough
 
 template <class T>
 struct BackwardArrays {
@@ -56,6 +57,43 @@ struct BackwardArrays {
         }
     }
 };
+
+// Memory for the running sums of one key head and the query heads that read it.
+template <class T>
+struct SumArrays {
+    bool* started;        // [N]: the sums of this key block are set
+    float *dq, *dk, *dv;  // [query heads, Sq, D], [Sk, D], [Sk, D]; none where T is float
+
+    SumArrays(Arena& arena, int blocks, int64_t q_elements, int64_t k_elements)
+        : started(arena.take<bool>(blocks)),
+          dq(arena.take<float>(kSame<T, float> ? 0 : q_elements)),
+          dk(arena.take<float>(kSame<T, float> ? 0 : k_elements)),
+          dv(arena.take<float>(kSame<T, float> ? 0 : k_elements)) {}
+};
+
+// The running sums, float32: in float32 they are the results themselves.
+struct Sums {
+    bool* started;    // [N]
+    View dq, dk, dv;  // [1, query heads, Sq, D], [1, 1, Sk, D], [1, 1, Sk, D]
+};
+
+template <class T>
+Sums sums_of(const AttentionBackwardParams& p, const SumArrays<T>& arrays, int b, int kv_head) {
+    const AttentionParams& f = p.forward;
+    if constexpr (kSame<T, float>) {
+        const auto from_head = [&](const View& x, int h) {
+            return View{at<float>(x, b, h, 0), 0, x.stride_h, x.stride_s};
+        };
+        return {arrays.started, from_head(p.dq, kv_head * (f.heads / f.kv_heads)),
+                from_head(p.dk, kv_head), from_head(p.dv, kv_head)};
+    } else {
+        const int64_t dim = f.head_dim;
+        return {arrays.started,
+                {arrays.dq, 0, query_start(f, f.q_blocks) * dim, dim},
+                {arrays.dk, 0, 0, dim},
+                {arrays.dv, 0, 0, dim}};
+    }
+}
 
 // One query tile: n rows of q from `row` on.
 struct QueryTile {
@@ -107,13 +145,14 @@ void gradient_panel(const BackwardArrays<T>& a, int lane, int lanes, int keys, f
     }
 }
 
-// The kept keys of blocks begin .. end - 1 for one query tile: adds to dk_sum and dv_sum, and gives
-// dq to dq_sum (`first`: stores it).
+// The kept keys of blocks begin .. end - 1 for one query tile: adds to the sums of dk, dv and dq
+// (`first`: stores that of dq).
 template <class T>
 void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
-                   const QueryTile& tile, const uint32_t* bits, int begin, int end, bool first) {
+                   const Sums& sums, const QueryTile& tile, const uint32_t* bits, int begin,
+                   int end, bool first) {
     const AttentionParams& f = p.forward;
-    const int dim = f.head_dim, kv_head = tile.h / (f.heads / f.kv_heads), n = tile.n,
+    const int dim = f.head_dim, group = f.heads / f.kv_heads, kv_head = tile.h / group, n = tile.n,
               lanes = tile.lanes;
     const int64_t stat =
         (static_cast<int64_t>(tile.b) * f.heads + tile.h) * query_start(f, f.q_blocks) + tile.row;
@@ -136,8 +175,8 @@ void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
     for_each_key_tile(f, bits, begin, end, [&](int key, int keys, int next) {
         const T* k = at<T>(f.k, tile.b, kv_head, key);
         const T* v = at<T>(f.v, tile.b, kv_head, key);
-        float* dk = at<float>(p.dk_sum, tile.b, kv_head, key);
-        float* dv = at<float>(p.dv_sum, tile.b, kv_head, key);
+        float* dk = at<float>(sums.dk, 0, 0, key);
+        float* dv = at<float>(sums.dv, 0, 0, key);
         const auto k_rows = rows_of(k, f.k.stride_s, keys, dim, a.k);
         multiply<Layout::kRows, Start::kZero>(dot, keys, lanes, dim / kPair<T>, k_rows.data,
                                               k_rows.stride, a.q_lanes, lanes, a.scores, lanes,
@@ -145,58 +184,65 @@ void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
         const auto v_rows = rows_of(v, f.v.stride_s, keys, dim, a.v);
         multiply<Layout::kRows, Start::kZero>(
             dot, keys, lanes, dim / kPair<T>, v_rows.data, v_rows.stride, a.dout_lanes, lanes, a.dp,
-            lanes, nullptr, prefetch_rows(dv, p.dv_sum.stride_s, keys, dim));
+            lanes, nullptr, prefetch_rows(dv, sums.dv.stride_s, keys, dim));
         for_panels(lanes, [&](auto vectors, int lane) {
             gradient_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, f.scale);
         });
         multiply<Layout::kRows, Start::kAdd>(
             dot, keys, dim, query_steps, a.p, lanes / kPair<T>, dout_steps.data, dout_steps.stride,
-            dv, p.dv_sum.stride_s, nullptr, prefetch_rows(dk, p.dk_sum.stride_s, keys, dim));
+            dv, sums.dv.stride_s, nullptr, prefetch_rows(dk, sums.dk.stride_s, keys, dim));
         multiply<Layout::kRows, Start::kAdd>(dot, keys, dim, query_steps, a.ds, lanes / kPair<T>,
-                                             q_steps.data, q_steps.stride, dk, p.dk_sum.stride_s);
-        const auto k_steps = steps_of(k, f.k.stride_s, keys, dim, a.k_steps);
+                                             q_steps.data, q_steps.stride, dk, sums.dk.stride_s);
+        const auto k_steps = kPair<T> == 1 && k_rows.stride == dim
+                                 ? k_rows
+                                 : steps_of(k, f.k.stride_s, keys, dim, a.k_steps);
         multiply<Layout::kColumns, Start::kAdd>(
             dot, dim, lanes, (keys + kPair<T> - 1) / kPair<T>, k_steps.data, k_steps.stride,
             a.ds_steps, lanes, a.dq, lanes, nullptr,
             prefetch_rows(at<T>(f.k, tile.b, kv_head, next), f.k.stride_s, keys, dim));
     });
 
-    float* dq = at<float>(p.dq_sum, tile.b, tile.h, tile.row);
-    if (first) store_lanes<false>(a.dq, a.one, n, dim, lanes, dq, p.dq_sum.stride_s);
-    else store_lanes<true>(a.dq, a.one, n, dim, lanes, dq, p.dq_sum.stride_s);
+    float* dq = at<float>(sums.dq, 0, tile.h % group, tile.row);
+    if (first) store_lanes<false>(a.dq, a.one, n, dim, lanes, dq, sums.dq.stride_s);
+    else store_lanes<true>(a.dq, a.one, n, dim, lanes, dq, sums.dq.stride_s);
 }
 
-void zero_rows(const View& view, int b, int h, int64_t begin, int64_t end, int dim) {
+void zero_rows(const View& sums, int g, int64_t begin, int64_t end, int dim) {
     for (int64_t s = begin; s < end; ++s)
-        std::memset(at<float>(view, b, h, s), 0, dim * sizeof(float));
+        std::memset(at<float>(sums, 0, g, s), 0, dim * sizeof(float));
 }
 
-// Round the finished sums to the element type; in float32 they are the result.
+// The sums of a key block become zero when a row first keeps it, so that they are in the caches.
+void start_sums(const AttentionParams& f, const Sums& sums, int block) {
+    if (sums.started[block]) return;
+    sums.started[block] = true;
+    const int64_t key = f.blocks.starts[block], key_end = f.blocks.starts[block + 1];
+    zero_rows(sums.dk, 0, key, key_end, f.head_dim);
+    zero_rows(sums.dv, 0, key, key_end, f.head_dim);
+}
+
+// Round finished sums of head g to head h of the result; in float32 they are the result.
 template <class T>
-void round_rows(const View& sums, const View& out, int b, int h, int64_t begin, int64_t end,
+void round_rows(const View& sums, int g, const View& out, int b, int h, int64_t begin, int64_t end,
                 int dim) {
     if constexpr (!kSame<T, float>)
         for (int64_t s = begin; s < end; ++s)
             for (int d = 0; d < dim; d += kWidth)
-                store(at<T>(out, b, h, s) + d, load(at<float>(sums, b, h, s) + d));
+                store(at<T>(out, b, h, s) + d, load(at<float>(sums, 0, g, s) + d));
 }
 
+// delta of one query block.
 template <class T>
-void compute_delta(const AttentionBackwardParams& p) {
+void compute_delta(const AttentionBackwardParams& p, int b, int h, int block) {
     const AttentionParams& f = p.forward;
     const int64_t rows = query_start(f, f.q_blocks);
-    const int64_t tasks = static_cast<int64_t>(f.batch) * f.heads * f.q_blocks;
-    parallel_for(f.threads, tasks, [&](int64_t task, int) {
-        const int64_t block = task % f.q_blocks, h = task / f.q_blocks % f.heads,
-                      b = task / f.q_blocks / f.heads;
-        for (int64_t s = query_start(f, block); s < query_start(f, block + 1); ++s) {
-            const T *dout = at<T>(p.dout, b, h, s), *out = at<T>(f.out, b, h, s);
-            Floats total{};
-            for (int d = 0; d < f.head_dim; d += kWidth) total += load(dout + d) * load(out + d);
-            const int64_t i = (b * f.heads + h) * rows + s;
-            p.delta[i] = sum(total) - (p.dlse ? p.dlse[i] : 0);
-        }
-    });
+    for (int64_t s = query_start(f, block); s < query_start(f, block + 1); ++s) {
+        const T *dout = at<T>(p.dout, b, h, s), *out = at<T>(f.out, b, h, s);
+        Floats total{};
+        for (int d = 0; d < f.head_dim; d += kWidth) total += load(dout + d) * load(out + d);
+        const int64_t i = (static_cast<int64_t>(b) * f.heads + h) * rows + s;
+        p.delta[i] = sum(total) - (p.dlse ? p.dlse[i] : 0);
+    }
 }
 
 // Kept key blocks of a query block, on average.
@@ -214,10 +260,11 @@ int64_t mean_kept(const AttentionParams& f) {
     return kept / (static_cast<int64_t>(f.batch) * f.heads * f.q_blocks);
 }
 
+int divide_up(int n, int by) { return (n + by - 1) / by; }
+
 // How many chunks the query blocks and the key blocks are cut into: by the mask alone, so that
 // sums have one order. A query block is packed once for each chunk of which it keeps a part.
 int count_chunks(const AttentionParams& f) {
-    const auto divide_up = [](int n, int by) { return (n + by - 1) / by; };
     const int fewer = f.q_blocks < f.blocks.count ? f.q_blocks : f.blocks.count;
     const int for_cache = divide_up(fewer, kMostChunkBlocks),
               most = divide_up(fewer, kFewestChunkBlocks);
@@ -227,35 +274,41 @@ int count_chunks(const AttentionParams& f) {
     return wanted < most ? wanted : most;
 }
 
-// One task of one round: the kept pairs of blocks of a query chunk and a key chunk.
+// One task of one round: a query chunk with a key chunk.
+struct Chunks {
+    int b, kv_head;
+    int q_begin, q_end, k_begin, k_end;  // blocks
+    bool first, last;                    // round
+};
+
 template <class T>
-void backward_chunks(const AttentionBackwardParams& p, const BackwardArrays<T>& a, int b,
-                     int kv_head, int q_begin, int q_end, int k_begin, int k_end, bool first,
-                     bool last) {
+void backward_chunks(const AttentionBackwardParams& p, const BackwardArrays<T>& a, const Sums& sums,
+                     const Chunks& c) {
     const AttentionParams& f = p.forward;
     const int group = f.heads / f.kv_heads, dim = f.head_dim;
-    const int64_t key = f.blocks.starts[k_begin], key_end = f.blocks.starts[k_end];
-    if (first) {
-        zero_rows(p.dk_sum, b, kv_head, key, key_end, dim);
-        zero_rows(p.dv_sum, b, kv_head, key, key_end, dim);
-    }
-    for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-        for (int i = q_begin; i < q_end; ++i) {
-            const uint32_t* bits = bits_row(f, b, h, i);
-            if (find_bit<true>(bits, k_begin, k_end) < k_end)
+    if (c.first) std::memset(sums.started + c.k_begin, false, c.k_end - c.k_begin);
+    for (int g = 0; g < group; ++g)
+        for (int i = c.q_begin; i < c.q_end; ++i) {
+            const int h = c.kv_head * group + g;
+            const int64_t begin = query_start(f, i), end = query_start(f, i + 1);
+            const uint32_t* bits = bits_row(f, c.b, h, i);
+            if (c.first) compute_delta<T>(p, c.b, h, i);
+            for_each_run(bits, c.k_begin, c.k_end, [&](int run_begin, int run_end) {
+                for (int j = run_begin; j < run_end; ++j) start_sums(f, sums, j);
+            });
+            if (find_bit<true>(bits, c.k_begin, c.k_end) < c.k_end)
                 for_each_query_tile(f, i, [&](int64_t row, int n, int lanes) {
-                    backward_tile<T>(p, a, {b, h, row, n, lanes}, bits, k_begin, k_end, first);
+                    backward_tile<T>(p, a, sums, {c.b, h, row, n, lanes}, bits, c.k_begin, c.k_end,
+                                     c.first);
                 });
-            else if (first)
-                zero_rows(p.dq_sum, b, h, query_start(f, i), query_start(f, i + 1), dim);
+            else if (c.first) zero_rows(sums.dq, g, begin, end, dim);
+            if (c.last) round_rows<T>(sums.dq, g, p.dq, c.b, h, begin, end, dim);
         }
-        if (last)
-            round_rows<T>(p.dq_sum, p.dq, b, h, query_start(f, q_begin), query_start(f, q_end),
-                          dim);
-    }
-    if (last) {
-        round_rows<T>(p.dk_sum, p.dk, b, kv_head, key, key_end, dim);
-        round_rows<T>(p.dv_sum, p.dv, b, kv_head, key, key_end, dim);
+    if (c.last) {
+        const int64_t begin = f.blocks.starts[c.k_begin], end = f.blocks.starts[c.k_end];
+        for (int j = c.k_begin; j < c.k_end; ++j) start_sums(f, sums, j);
+        round_rows<T>(sums.dk, 0, p.dk, c.b, c.kv_head, begin, end, dim);
+        round_rows<T>(sums.dv, 0, p.dv, c.b, c.kv_head, begin, end, dim);
     }
 }
 
@@ -263,25 +316,37 @@ void backward_chunks(const AttentionBackwardParams& p, const BackwardArrays<T>& 
 
 void attention_backward(const AttentionBackwardParams& p) {
     const AttentionParams& f = p.forward;
-    const int chunks = count_chunks(f);
+    const int chunks = count_chunks(f), heads = f.batch * f.kv_heads;
     const auto cut = [&](int64_t blocks, int chunk) {
         return static_cast<int>(blocks * chunk / chunks);
     };
     with_dtype(f.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        compute_delta<T>(p);
+        // The fewer heads at once, the less memory their sums take; no sum reads another head.
+        const int needed = divide_up(kTasksPerThread * f.threads, chunks);
+        const int at_once = kSame<T, float> ? heads : std::min(heads, needed);
+        const int64_t group = f.heads / f.kv_heads, dim = f.head_dim;
+        const int64_t q_elements = group * query_start(f, f.q_blocks) * dim,
+                      k_elements = f.blocks.starts[f.blocks.count] * dim;
+        const Scratch<SumArrays<T>> memory(at_once, f.blocks.count, q_elements, k_elements);
         const Scratch<BackwardArrays<T>> scratch(f.threads, f.head_dim);
-        for (int round = 0; round < chunks; ++round) {
-            const int64_t tasks = static_cast<int64_t>(f.batch) * f.kv_heads * chunks;
-            parallel_for(f.threads, tasks, [&](int64_t task, int slot) {
-                const int head = task / chunks, chunk = task % chunks,
-                          other = (chunk + round) % chunks;
-                backward_chunks<T>(p, scratch.slot(slot, f.head_dim), head / f.kv_heads,
-                                   head % f.kv_heads, cut(f.q_blocks, chunk),
-                                   cut(f.q_blocks, chunk + 1), cut(f.blocks.count, other),
-                                   cut(f.blocks.count, other + 1), round == 0, round == chunks - 1);
-            });
-        }
+        for (int head = 0; head < heads; head += at_once)
+            for (int round = 0; round < chunks; ++round) {
+                const int64_t tasks = int64_t{std::min(at_once, heads - head)} * chunks;
+                parallel_for(f.threads, tasks, [&](int64_t task, int slot) {
+                    const int index = task / chunks, q_chunk = task % chunks,
+                              k_chunk = (q_chunk + round) % chunks;
+                    const int b = (head + index) / f.kv_heads,
+                              kv_head = (head + index) % f.kv_heads;
+                    const auto sums = memory.slot(index, f.blocks.count, q_elements, k_elements);
+                    backward_chunks<T>(p, scratch.slot(slot, f.head_dim),
+                                       sums_of<T>(p, sums, b, kv_head),
+                                       {b, kv_head, cut(f.q_blocks, q_chunk),
+                                        cut(f.q_blocks, q_chunk + 1), cut(f.blocks.count, k_chunk),
+                                        cut(f.blocks.count, k_chunk + 1), round == 0,
+                                        round == chunks - 1});
+                });
+            }
     });
 }
 

@@ -9,7 +9,7 @@
 namespace nabla::cpu {
 
 // A wish: a system without huge pages keeps the small ones.
-inline void prefer_huge_pages(uintptr_t address, uintptr_t bytes) {
+static inline void prefer_huge_pages(uintptr_t address, uintptr_t bytes) {
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
     const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <new>
 
+#include "cpu/huge_pages.h"
 #include "params.h"
 
 namespace nabla::cpu::NABLA_ISA {
@@ -37,6 +38,7 @@ class Scratch {
         Arrays(count, args...);
         stride_ = count.bytes();
         memory_ = static_cast<char*>(::operator new(slots * stride_, std::align_val_t{64}));
+        prefer_huge_pages(reinterpret_cast<uintptr_t>(memory_), slots * stride_);
     }
     ~Scratch() { ::operator delete(memory_, std::align_val_t{64}); }
     Scratch(const Scratch&) = delete;

@@ -72,9 +72,9 @@ def launch(stage: str, **fields) -> None:
     getattr(native(), stage)(instruction_set, threads=torch.get_num_threads(), **pointers)
 
 
-def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_like(x: Tensor) -> Tensor:
     """Return a new tensor with the strides of x, in huge pages where it fills some."""
-    empty = torch.empty_like(x, dtype=dtype)
+    empty = torch.empty_like(x)
     storage = empty.untyped_storage()
     native().prefer_huge_pages(storage.data_ptr(), storage.nbytes())
     return empty

@@ -41,7 +41,6 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients (dq, dk, dv), with the strides of q, k and v."""
     gradients = [empty_like(x) for x in (q, k, v)]
-    sums = [x if x.dtype == torch.float32 else empty_like(x, torch.float32) for x in gradients]
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     dlse = None if dlse is None else dlse.contiguous()
     bits = _with_contiguous_rows(bits)
@@ -51,7 +50,6 @@ def attention_bwd(
         dlse=dlse,
         delta=delta,
         **{name: view(x) for name, x in zip(("dq", "dk", "dv"), gradients, strict=True)},
-        **{name: view(x) for name, x in zip(("dq_sum", "dk_sum", "dv_sum"), sums, strict=True)},
         **_fields(q, k, v, out, lse, bits, grid, q_block_offset, scale),
     )
     dq, dk, dv = gradients
