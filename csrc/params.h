@@ -88,6 +88,20 @@ struct BlockMaskParams {
     uint32_t* bits;      // [B, Hq, Nq, W]
 };
 
+// The bits of every column: which query blocks attend to each key block.
+struct TransposeParams {
+    int32_t batch;     // B
+    int32_t heads;     // H
+    int32_t q_blocks;  // Nq
+    Blocks blocks;
+    const uint32_t* bits;   // [B, H, Nq, W]
+    int64_t bits_stride_b;  // words
+    int64_t bits_stride_h;  // words
+    uint32_t* columns;      // [B, H, N, ceil(Nq / 32)]
+    int32_t threads;
+    void* stream;
+};
+
 // Softmax attention over the kept blocks.
 struct AttentionParams {
     DType dtype;             // of q, k, v, out and of their gradients

@@ -51,13 +51,13 @@ std::optional<std::string> device_error() {
 #endif
 }
 
+// What a launch was asked for, for its errors.
 template <class Params>
-std::string problem(const char* name, const Params& p) {
-    return std::string(name) + " of B=" + std::to_string(p.batch) + ", H=" +
-           std::to_string(p.heads) + ", D=" + std::to_string(p.head_dim) + ", " +
+std::string problem(const Params& p) {
+    return "B=" + std::to_string(p.batch) + ", H=" + std::to_string(p.heads) + ", " +
            std::to_string(p.blocks.count) + " blocks";
 }
-std::string problem(const char* name, const BlockMaskParams& p) { return problem(name, p.scores); }
+std::string problem(const BlockMaskParams& p) { return problem(p.scores); }
 
 // Define name(architecture, **fields), which queues one stage; its errors name the problem.
 template <class Params>
@@ -70,7 +70,7 @@ void define_launch(py::module_& m, const char* name, Params (*parse)(const Field
         try {
             launch(params);
         } catch (const LaunchError& error) {
-            throw LaunchError(problem(name, params) + ": " + error.what());
+            throw LaunchError(std::string(name) + " of " + problem(params) + ": " + error.what());
         }
     });
 }
@@ -90,4 +90,5 @@ PYBIND11_MODULE(NABLA_MODULE, m) {
     nabla::define_launch(m, "block_mean", nabla::block_mean_params, &Kernels::block_mean);
     nabla::define_launch(m, "pooled_scores", nabla::scores_params, &Kernels::pooled_scores);
     nabla::define_launch(m, "block_mask", nabla::block_mask_params, &Kernels::block_mask);
+    nabla::define_launch(m, "transpose", nabla::transpose_params, &Kernels::transpose);
 }

@@ -108,6 +108,20 @@ inline BlockMaskParams block_mask_params(const Fields& f) {
     return p;
 }
 
+inline TransposeParams transpose_params(const Fields& f) {
+    TransposeParams p;
+    p.batch = f.integer("batch");
+    p.heads = f.integer("heads");
+    p.q_blocks = f.integer("q_blocks");
+    p.blocks = f.blocks();
+    p.bits = f.pointer<const uint32_t>("bits");
+    p.bits_stride_b = f.get<int64_t>("bits_stride_b");
+    p.bits_stride_h = f.get<int64_t>("bits_stride_h");
+    p.columns = f.pointer<uint32_t>("columns");
+    f.place(p);
+    return p;
+}
+
 inline AttentionParams attention_params(const Fields& f) {
     AttentionParams p;
     p.dtype = f.dtype();

@@ -8,6 +8,7 @@ namespace nabla::sm90 {
 void block_mean(const BlockMeanParams&);
 void pooled_scores(const ScoresParams&);
 void block_mask(const BlockMaskParams&);
+void transpose(const TransposeParams&);
 }  // namespace nabla::sm90
 
 namespace nabla::cuda {
@@ -18,6 +19,7 @@ struct Kernels {
     void (*block_mean)(const BlockMeanParams&);
     void (*pooled_scores)(const ScoresParams&);
     void (*block_mask)(const BlockMaskParams&);
+    void (*transpose)(const TransposeParams&);
 };
 
 extern const Kernels kKernels[];

@@ -21,8 +21,8 @@ from nabla.dispatch import architecture
 
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/params.h
 PACKAGE = Path(__file__).parent.parent
-EMULATED_ARCHITECTURE = 90
 
+_emulated_architecture = 90
 _emulator_lock = threading.Lock()  # the memory that kernels may touch is one for the process
 
 
@@ -52,6 +52,30 @@ def native(name: str) -> ModuleType:
     return importlib.import_module(f"nabla.{name}")
 
 
+@contextmanager
+def emulation(
+    architecture: int = 90, *, schedule: str = "late", seed: int = 0, ignored: str = ""
+) -> Iterator[None]:
+    """Emulate otherwise, in all threads: kernels of an architecture, or in another order.
+
+    Args:
+        architecture: Compute capability, one of `architectures()`.
+        schedule: Which thread runs next, and when asynchronous work is done: "late", "eager",
+            "random" or "starving".
+        seed: Of the schedule, and of the order of CTAs.
+        ignored: "file:line:instruction", a call that is left out, to see that this shows.
+    """
+    global _emulated_architecture
+    emulator = native("_cuda_emulated")
+    emulator.configure(schedule, seed, torch.get_num_threads(), ignored)
+    before, _emulated_architecture = _emulated_architecture, architecture
+    try:
+        yield
+    finally:
+        _emulated_architecture = before
+        emulator.configure()
+
+
 def launch(stage: str, device: torch.device, writes: Sequence[str], **fields) -> None:
     """Queue one stage with the fields of its Params on the current stream of a device.
 
@@ -62,7 +86,7 @@ def launch(stage: str, device: torch.device, writes: Sequence[str], **fields) ->
     pointers = {name: _with_pointers(value) for name, value in fields.items()}
     if device.type == "cpu":
         with _touchable(fields, writes):
-            getattr(native("_cuda_emulated"), stage)(EMULATED_ARCHITECTURE, **pointers)
+            getattr(native("_cuda_emulated"), stage)(_emulated_architecture, **pointers)
         return
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream

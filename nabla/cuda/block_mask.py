@@ -46,6 +46,30 @@ def create_block_mask(
     return _block_mask(score_fields(means, grid, q_block_offset, scale), None, top_p, grid, window)
 
 
+def transposed_bits(bits: Tensor, grid: TokenGrid) -> Tensor:
+    """Bits [B, H, Nk, ceil(Nq / 32)] of bits [B, H, Nq, ceil(Nk / 32)]; those past Nq are 0.
+
+    Rows of a head are contiguous; what B and H share, by a stride of 0, the result shares too.
+    """
+    shared = tuple(slice(1) if stride == 0 else slice(None) for stride in bits.stride()[:2])
+    batch, heads, q_blocks, _ = bits[shared].shape
+    columns = bits.new_empty(batch, heads, grid.num_blocks, -(-q_blocks // 32))
+    launch(
+        "transpose",
+        bits.device,
+        ["columns"],
+        batch=batch,
+        heads=heads,
+        q_blocks=q_blocks,
+        grid=tuple(grid.as_ints()),
+        bits=bits,
+        bits_stride_b=bits.stride(0),
+        bits_stride_h=bits.stride(1),
+        columns=columns,
+    )
+    return columns.expand(*bits.shape[:2], -1, -1)
+
+
 def _block_mask(
     fields: dict, scores: Tensor | None, top_p: Tensor, grid: TokenGrid, window: Window | None
 ) -> Tensor:

@@ -228,7 +228,44 @@ block_mask_kernel(const NABLA_GRID_CONSTANT BlockMaskParams p) {
     }
 }
 
+constexpr int kTransposeWarps = 8;
+
+// A warp turns 32 words, of as many rows, into the words of 32 columns.
+NABLA_KERNEL(32 * kTransposeWarps, 1)
+transpose_kernel(const NABLA_GRID_CONSTANT TransposeParams p) {
+    const uint32_t words = (p.blocks.count + 31) / 32, column_words = (p.q_blocks + 31) / 32;
+    const uint32_t task = ptx::cta_index() * kTransposeWarps + ptx::warp_index();
+    const uint32_t word = task % words, column_word = task / words % column_words;
+    const uint32_t head = task / words / column_words, lane = ptx::lane_index();
+    if (head >= static_cast<uint32_t>(p.batch * p.heads)) return;
+    const uint32_t row = column_word * 32 + lane, column = word * 32 + lane;
+    const uint32_t* bits =
+        p.bits + head / p.heads * p.bits_stride_b + head % p.heads * p.bits_stride_h;
+    const uint32_t mine = row < static_cast<uint32_t>(p.q_blocks)
+                              ? ptx::load_global_nc(bits + static_cast<int64_t>(row) * words + word)
+                              : 0;
+    uint32_t transposed = 0;
+    NABLA_UNROLL
+    for (uint32_t i = 0; i < 32; ++i) {
+        const uint32_t rows = ptx::ballot(mine >> i & 1);
+        if (lane == i) transposed = rows;
+    }
+    if (column < static_cast<uint32_t>(p.blocks.count))
+        ptx::store_global(p.columns + (static_cast<int64_t>(head) * p.blocks.count + column) *
+                                          column_words + column_word,
+                          transposed);
+}
+
 }  // namespace
+
+void transpose(const TransposeParams& p) {
+    const uint32_t words = cuda::ceil_div(p.blocks.count, 32);
+    const uint32_t warps = p.batch * p.heads * words * cuda::ceil_div(p.q_blocks, 32);
+    ptx::launch(transpose_kernel,
+                {"transpose", cuda::ceil_div<uint32_t>(warps, kTransposeWarps),
+                 32 * kTransposeWarps, 0, p.stream},
+                p);
+}
 
 void block_mask(const BlockMaskParams& p) {
     with_row_config("block_mask", p.scores, [&](auto config, const ptx::LaunchShape& shape) {
