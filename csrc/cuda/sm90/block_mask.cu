@@ -72,7 +72,6 @@ NABLA_DEVICE int32_t column_of(const Row& row, int32_t pattern, uint32_t n) {
 NABLA_DEVICE Cut cut_of_few(const Row& row, int32_t low, int32_t high, uint32_t count,
                             uint32_t before, uint32_t wanted, uint32_t candidates) {
     const uint32_t lane = ptx::lane_index();
-    ptx::sync_warp();  // the candidates of the row before have been read
     uint32_t found = 0;
     for (int first = 0; found < count; first += 32) {
         const int j = first + lane;
