@@ -9,7 +9,7 @@
 // one-dimensional, and collective functions (shuffles, votes, wgmma, ...) take the whole warp.
 #pragma once
 
-#include <cstdint>
+#include "cuda/ptx_types.h"
 
 #ifdef NABLA_EMULATED
 #include "emulation/ptx.h"
@@ -20,51 +20,14 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstring>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
-#define NABLA_KERNEL(threads, min_ctas) __global__ void __launch_bounds__(threads, min_ctas)
-#define NABLA_DEVICE __device__ __forceinline__
-#define NABLA_HOST_DEVICE __host__ __device__ __forceinline__
-#define NABLA_GRID_CONSTANT __grid_constant__
-#define NABLA_UNROLL _Pragma("unroll")
-#define NABLA_NO_UNROLL _Pragma("unroll 1")
-
 namespace nabla::ptx {
 
-// ---- types ----
-
 using TensorMap = CUtensorMap;
-
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-
-struct alignas(8) U32x2 {
-    uint32_t v[2];
-};
-struct alignas(16) U32x4 {
-    uint32_t v[4];
-};
-struct alignas(8) F32x2 {
-    float v[2];
-};
-struct alignas(16) F32x4 {
-    float v[4];
-};
-
-template <class To, class From>
-NABLA_DEVICE To bit_cast(const From& from) {
-    static_assert(sizeof(To) == sizeof(From), "a cast keeps the bits, so the sizes are equal");
-    To to;
-    memcpy(&to, &from, sizeof(To));
-    return to;
-}
 
 // ---- where a thread is ----
 
@@ -471,16 +434,6 @@ NABLA_DEVICE void keep_in_place(uint32_t (&registers)[kCount]) {
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// Descriptor of a matrix in shared memory with 128-byte swizzle, whose tiles are aligned to 1024.
-//   K contiguous: stride_bytes between groups of 8 rows; leading_bytes is not read
-//   M or N contiguous (transposed): leading_bytes between panels of 64 columns, stride_bytes
-//   between groups of 8 rows of K
-NABLA_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes,
-                                        uint32_t stride_bytes) {
-    return uint64_t{(address >> 4) & 0x3fffu} | uint64_t{(leading_bytes >> 4) & 0x3fffu} << 16 |
-           uint64_t{(stride_bytes >> 4) & 0x3fffu} << 32 | uint64_t{1} << 62;
-}
-
 // d [64, N] = a [64, 16] b [16, N] (+ d where `accumulate`), T in, fp32 out.
 //   d[i]: row 16 warp + lane / 4 + 8 ((i >> 1) & 1), column 8 (i >> 2) + 2 (lane & 3) + (i & 1)
 //   a[r]: row 16 warp + lane / 4 + 8 (r & 1), columns 8 (r >> 1) + 2 (lane & 3) and the next
@@ -682,14 +635,6 @@ NABLA_DEVICE uint32_t leading_zeros(uint32_t x) { return __clz(x); }
 NABLA_DEVICE void nanosleep(uint32_t nanoseconds) { __nanosleep(nanoseconds); }
 
 // ---- launch, on the host ----
-
-struct LaunchShape {
-    const char* name;       // of the kernel, for errors
-    uint32_t ctas;          // one-dimensional grid; nothing is launched for 0
-    uint32_t threads;       // of a CTA
-    uint32_t shared_bytes;  // dynamic shared memory of a CTA
-    void* stream;           // cudaStream_t
-};
 
 inline void check(cudaError_t status, const LaunchShape& shape) {
     if (status == cudaSuccess) return;

@@ -6,16 +6,10 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <type_traits>
 
-#define NABLA_KERNEL(threads, min_ctas) void
-#define NABLA_DEVICE inline
-#define NABLA_HOST_DEVICE inline
-#define NABLA_GRID_CONSTANT
-#define NABLA_UNROLL
-#define NABLA_NO_UNROLL
+#include "cuda/ptx_types.h"
 
 namespace nabla::emulation {
 
@@ -39,15 +33,17 @@ struct TensorMap {
     bool swizzle_128;     // 128-byte swizzle; rows of the box are then at most 128 bytes
 };
 
-struct LaunchShape {
-    const char* name;
-    uint32_t ctas;
-    uint32_t threads;
-    uint32_t shared_bytes;
-    void* stream;
-};
+using ptx::bit_cast;
+using ptx::LaunchShape;
 
 enum class Type : uint8_t { kBFloat16, kFloat16 };
+template <class T>
+constexpr Type type_of() {
+    constexpr bool kIsBFloat16 = std::is_same_v<T, ptx::BFloat16>;
+    static_assert(kIsBFloat16 || std::is_same_v<T, ptx::Float16>, "values are bf16 or fp16");
+    return kIsBFloat16 ? Type::kBFloat16 : Type::kFloat16;
+}
+
 enum class Shuffle : uint8_t { kIndex, kXor, kUp, kDown };
 enum class Vote : uint8_t { kBallot, kAny, kAll };
 enum class Reduce : uint8_t { kAdd, kMax, kMin, kOr };
@@ -75,14 +71,6 @@ void set_max_registers(int registers, bool up, Site site);
 // Reports a value that was computed from an accumulator which wgmma had not finished.
 [[noreturn]] void report_in_flight(Site site);
 void run(const LaunchShape& shape, const std::function<void()>& kernel);
-
-template <class To, class From>
-To bit_cast(const From& from) {
-    static_assert(sizeof(To) == sizeof(From), "a cast keeps the bits, so the sizes are equal");
-    To to;
-    memcpy(&to, &from, sizeof(To));
-    return to;
-}
 
 // What accumulators hold while wgmma works on them: a signalling NaN. Arithmetic makes it quiet and
 // keeps the payload.
@@ -124,33 +112,8 @@ inline float from_bits(Type type, uint16_t bits) {
 
 namespace nabla::ptx {
 
-using emulation::bit_cast;
-
-using emulation::LaunchShape;
 using emulation::Site;
 using emulation::TensorMap;
-
-struct BFloat16 {
-    static constexpr auto kType = emulation::Type::kBFloat16;
-    uint16_t bits;
-};
-struct Float16 {
-    static constexpr auto kType = emulation::Type::kFloat16;
-    uint16_t bits;
-};
-
-struct alignas(8) U32x2 {
-    uint32_t v[2];
-};
-struct alignas(16) U32x4 {
-    uint32_t v[4];
-};
-struct alignas(8) F32x2 {
-    float v[2];
-};
-struct alignas(16) F32x4 {
-    float v[4];
-};
 
 template <class T>
 constexpr bool is_access() {
@@ -302,22 +265,18 @@ void wgmma_wait(Site site = Site::here()) {
 template <class T, int kCount>
 void keep_in_place(T (&)[kCount]) {}
 
-inline uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
-    return uint64_t{(address >> 4) & 0x3fffu} | uint64_t{(leading_bytes >> 4) & 0x3fffu} << 16 |
-           uint64_t{(stride_bytes >> 4) & 0x3fffu} << 32 | uint64_t{1} << 62;
-}
-
 template <class T, int kN, bool kTransposeB>
 void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
               Site site = Site::here()) {
     static_assert(kN == 64 || kN == 128, "products of 64 or 128 columns are written out here");
-    emulation::wgmma(T::kType, kN, d, a, 0, b, accumulate, false, kTransposeB, site);
+    emulation::wgmma(emulation::type_of<T>(), kN, d, a, 0, b, accumulate, false, kTransposeB, site);
 }
 template <class T, int kN, bool kTransposeA, bool kTransposeB>
 void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate,
               Site site = Site::here()) {
     static_assert(kN == 64 || kN == 128, "products of 64 or 128 columns are written out here");
-    emulation::wgmma(T::kType, kN, d, nullptr, a, b, accumulate, kTransposeA, kTransposeB, site);
+    emulation::wgmma(emulation::type_of<T>(), kN, d, nullptr, a, b, accumulate, kTransposeA,
+                     kTransposeB, site);
 }
 
 template <int kRegisters>
@@ -340,7 +299,7 @@ void stmatrix_x4(uint32_t row_address, const uint32_t (&registers)[4], Site site
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   Site site = Site::here()) {
-    emulation::mma_m16n8k16(T::kType, d, a, b, site);
+    emulation::mma_m16n8k16(emulation::type_of<T>(), d, a, b, site);
 }
 
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
@@ -352,21 +311,22 @@ template <class T>
 uint32_t pack(float low, float high, Site site = Site::here()) {
     emulation::check_not_in_flight(low, site);
     emulation::check_not_in_flight(high, site);
-    return emulation::to_bits(T::kType, low) | uint32_t{emulation::to_bits(T::kType, high)} << 16;
+    return emulation::to_bits(emulation::type_of<T>(), low) |
+           uint32_t{emulation::to_bits(emulation::type_of<T>(), high)} << 16;
 }
 template <class T>
 F32x2 unpack(uint32_t x) {
-    return {emulation::from_bits(T::kType, static_cast<uint16_t>(x)),
-            emulation::from_bits(T::kType, static_cast<uint16_t>(x >> 16))};
+    return {emulation::from_bits(emulation::type_of<T>(), static_cast<uint16_t>(x)),
+            emulation::from_bits(emulation::type_of<T>(), static_cast<uint16_t>(x >> 16))};
 }
 template <class T>
 float to_float(T x) {
-    return emulation::from_bits(T::kType, x.bits);
+    return emulation::from_bits(emulation::type_of<T>(), x.bits);
 }
 template <class T>
 T from_float(float x, Site site = Site::here()) {
     emulation::check_not_in_flight(x, site);
-    return {emulation::to_bits(T::kType, x)};
+    return {emulation::to_bits(emulation::type_of<T>(), x)};
 }
 
 inline uint32_t popcount(uint32_t x) { return static_cast<uint32_t>(__builtin_popcount(x)); }
