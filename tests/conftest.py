@@ -15,7 +15,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # Without this, products on CUDA are refused where deterministic algorithms are asked for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Without the emulated CUDA kernels, which are slow: test_cuda.py has tests of their size.
+# Without the emulated CUDA kernels, which are slow: tests/test_cuda_*.py have their size.
 BACKENDS = [
     b.name
     for b in dispatch.BACKENDS
