@@ -6,6 +6,7 @@ bikes (640x272, 250 frames), bigbuckbunny (1280x720, 132), carphone_pristine (17
 
 from collections.abc import Sequence
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -125,12 +126,13 @@ def write_mp4(frames: Tensor, path: str | Path, *, fps: int = 12) -> Path:
 
 
 def write_gif(frames: Tensor, path: str | Path, *, fps: int = 12) -> Path:
-    """Write an endless gif."""
+    """Write an endless gif, whose frames last whole hundredths of a second: some one more."""
     path = Path(path)
     images = [Image.fromarray(frame) for frame in frames.numpy()]
+    ends = [round(100 * index / fps) for index in range(len(images) + 1)]
+    durations = [10 * (end - start) for start, end in pairwise(ends)]  # milliseconds
     with replacing(path) as draft:
         images[0].save(
-            draft, "gif", save_all=True, append_images=images[1:], duration=round(1000 / fps),
-            loop=0,
-        )  # fmt: skip
+            draft, "gif", save_all=True, append_images=images[1:], duration=durations, loop=0
+        )
     return path

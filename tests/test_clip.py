@@ -6,6 +6,7 @@ import sys
 import av
 import pytest
 import torch
+from PIL import Image
 
 from kandinsky_model.clip import find_clip, fit, read_clip, side_by_side, write_gif, write_mp4
 from kandinsky_model.codec import CosineCodec, cosine_basis, from_motion, to_motion
@@ -109,3 +110,14 @@ def test_motion_round_trip():
     assert torch.equal(motion[:, :1], latents[:, :1])
     assert not to_motion(latents[:, :1].expand(-1, 5, -1, -1, -1))[:, 1:].any()
     torch.testing.assert_close(from_motion(motion), latents)
+
+
+def test_a_gif_lasts_as_long_as_its_frames(tmp_path):
+    frames = torch.randint(0, 256, (25, 8, 8, 3), dtype=torch.uint8)
+    with Image.open(write_gif(frames, tmp_path / "a.gif", fps=24)) as gif:
+        durations = []
+        for index in range(gif.n_frames):
+            gif.seek(index)
+            durations.append(gif.info["duration"])
+    assert len(durations) == 25 and set(durations) == {40, 50}
+    assert abs(sum(durations) - 1000 * 25 / 24) < 10
