@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kandinsky_model.config import CrossDiTConfig
 from kandinsky_model.model import CrossDiT, is_float32
-from kandinsky_model.presets import FPS, FRAMES_PER_LATENT, Preset, Size
+from kandinsky_model.presets import FPS, FRAMES_PER_LATENT, PIXELS_PER_LATENT, Preset, Size
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -148,16 +148,17 @@ def memory_plan(
     size: Size | None = None,
     seconds: float | None = None,
     device_memory: int | None = None,
+    *,
+    residuals: int = 0,
 ) -> MemoryPlan:
     """What a preset needs, its weights in the public dtypes, its attention by a kernel of `nabla`.
-
-    MagCache is not counted: it keeps 2 S C bytes for each of its branches.
 
     Args:
         preset: What to generate.
         size: Height and width in pixels; None is the preset's.
         seconds: Length of a video; None is the preset's.
         device_memory: Bytes of the device; None leaves open what fits.
+        residuals: Those that MagCache keeps, one for each model call of a step: 2 with guidance.
     """
     height, width = size = size or preset.size
     frames, rows, columns = preset.latent_shape(size)
@@ -173,7 +174,11 @@ def memory_plan(
         )
     output_frames = (frames - 1) * FRAMES_PER_LATENT + 1
     pixels = output_frames * height * width
-    vae = video_vae(pixels) if preset.is_video else image_vae(pixels)
+    frame = height * width if preset.takes_image else 0
+    vae = video_vae(pixels, frame) if preset.is_video else image_vae(pixels)
+    activations = model_activations(preset.model, tokens)
+    if residuals:  # kept, and a new one beside the tokens it comes from
+        activations += (residuals + 1) * 2 * tokens * preset.model.model_dim
     return MemoryPlan(
         preset=preset.name,
         size=size,
@@ -181,7 +186,7 @@ def memory_plan(
         tokens=tokens,
         phases=(
             Phase((QWEN, CLIP), TEXT_ACTIVATIONS),
-            Phase((crossdit(preset.model),), model_activations(preset.model, tokens)),
+            Phase((crossdit(preset.model),), activations),
             vae,
         ),
         device_memory=device_memory,
@@ -236,15 +241,27 @@ def model_activations(config: CrossDiTConfig, tokens: int) -> int:
     )
 
 
-def video_vae(pixels: int) -> Phase:
+def video_vae(pixels: int, first_frame: int = 0) -> Phase:
     """HunyuanVideo's, in float16, decoding tile by tile into frames of that many pixels in all.
 
     A tile of 17 x 256 x 256 pixels takes 2,350 bytes each. All frames exist twice in float16 while
-    tiles are joined, later thrice in float32 and once in float16.
+    tiles are joined, later thrice in float32 and once in float16. A first frame is counted if there
+    is one of so many pixels.
     """
     tile = 17 * 256 * 256 * 2350
     part = Part("VAE of HunyuanVideo, float16", 2 * 246_478_803, 2 * 246_478_803)
-    return Phase((part,), max(tile + 2 * 2 * 3 * pixels, (2 + 3 * 4) * 3 * pixels))
+    decoding = max(tile + 2 * 2 * 3 * pixels, (2 + 3 * 4) * 3 * pixels)
+    return Phase((part,), max(decoding, first_frame_activations(first_frame)))
+
+
+def first_frame_activations(pixels: int) -> int:
+    """Bytes for encoding a first frame, whole.
+
+    A pixel takes 1,800 bytes. In the middle, 64 pixels are a token of 1,024 channels, and attend
+    under a mask that exists in float32 and in float16.
+    """
+    tokens = pixels // PIXELS_PER_LATENT**2
+    return max(1800 * pixels, (4 + 2) * tokens**2 + 2 * 1024 * tokens)
 
 
 def image_vae(pixels: int) -> Phase:

@@ -2,8 +2,8 @@
 
 latents = scaling_factor * z,   z ~ posterior(frames / 127.5 - 1),   T' = (T - 1) / 4 + 1
 frames  = (clamp(decoder(latents / scaling_factor), -1, 1) + 1) * 127.5, cut to whole numbers
-Videos take the VAE of HunyuanVideo, tile by tile; images (T = 1) that of FLUX, whose shift upstream
-leaves out.
+Videos take the VAE of HunyuanVideo, images (T = 1) that of FLUX, whose shift upstream leaves out.
+As upstream does, a first frame is encoded whole, and a video is decoded tile by tile.
 """
 
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kandinsky_model.config import CrossDiTConfig
+from kandinsky_model.presets import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from kandinsky_model.pretrained import read_model, require
 
 # Pixels of a tile, and from one tile to the next. Upstream's frames; it cuts rows and columns as
@@ -50,6 +52,21 @@ class VAE(nn.Module):
         kind = library.AutoencoderKLHunyuanVideo if is_video else library.AutoencoderKL
         return cls(read_model(kind, folder, torch_dtype=dtype))
 
+    def check(self, config: CrossDiTConfig) -> None:
+        """Raise an error if its latents are not those that a model of `config` takes."""
+        found = self.model.config
+        if self.is_video:
+            ratios = found.spatial_compression_ratio, found.temporal_compression_ratio
+        else:
+            ratios = 2 ** (len(found.block_out_channels) - 1), FRAMES_PER_LATENT
+        wanted = config.out_visual_dim, PIXELS_PER_LATENT, FRAMES_PER_LATENT
+        if (latents := (found.latent_channels, *ratios)) != wanted:
+            raise ValueError(
+                f"latents of this VAE have {latents[0]} channels, one for {latents[1]} pixels and "
+                f"{latents[2]} frames, where the model takes {wanted[0]}, {wanted[1]} and "
+                f"{wanted[2]}: {found._name_or_path or type(self.model).__name__}"
+            )
+
     @torch.no_grad()
     def encode(self, frames: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Sample latents [1, T', H / 8, W / 8, C] of frames [T, H, W, 3].
@@ -62,6 +79,7 @@ class VAE(nn.Module):
         pixels = pixels.to(self.model.dtype)
         if not self.is_video:
             pixels = pixels[:, :, 0]
+        self.model.use_tiling = False  # of rows and columns
         posterior = self.model.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         z = posterior.mean + posterior.std * noise.to(posterior.mean)
@@ -81,6 +99,7 @@ class VAE(nn.Module):
         if not self.is_video:
             z = z[:, :, 0]
         tiles = self.tiles(*latents.shape[1:4])
+        self.model.use_tiling = self.is_video
         with tqdm(total=tiles, desc=progress, disable=progress is None) as bar:
             hook = self.model.decoder.register_forward_hook(lambda *_: bar.update() and None)
             try:

@@ -23,6 +23,7 @@ from kandinsky_model.checkpoint import load_checkpoint, save_checkpoint
 from kandinsky_model.memory import (
     GB,
     crossdit,
+    first_frame_activations,
     image_vae,
     memory_plan,
     model_activations,
@@ -193,6 +194,33 @@ def test_activations_of_the_video_vae():
     phase = video_vae(17 * 256 * 256)
     assert phase.parts[0].weights == size_of(vae)
     assert 0.95 < meter.peak / phase.activations < 1.05
+
+
+@pytest.mark.parametrize("size", [(512, 768), (768, 1280), (1536, 1536)])
+def test_activations_of_a_first_frame(size):
+    """It is encoded whole; a large one takes more than the tiles of the video."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            vae = AutoencoderKLHunyuanVideo()
+            frame = torch.empty(1, 3, 1, *size)
+            torch.set_default_dtype(torch.float32)
+            with Meter() as meter:
+                vae.encode(frame)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert 0.95 < meter.peak / first_frame_activations(size[0] * size[1]) < 1.05
+
+
+def test_a_first_frame_and_residuals_count():
+    preset = PRESETS["image-video-lite-5s"]
+    size = 1536, 1536
+    of_text = memory_plan(PRESETS["video-lite-5s"], size, seconds=1).phases[2].activations
+    of_image = memory_plan(preset, size, seconds=1).phases[2].activations
+    assert of_image == first_frame_activations(size[0] * size[1]) > of_text
+    plain, cached = memory_plan(preset), memory_plan(preset, residuals=2)
+    more = cached.phases[1].activations - plain.phases[1].activations
+    assert more == 3 * 2 * plain.tokens * preset.model.model_dim
 
 
 def test_activations_of_the_image_vae():
