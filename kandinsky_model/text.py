@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_model.clip import fit
+from kandinsky_model.config import CrossDiTConfig
 from kandinsky_model.presets import Task
-from kandinsky_model.pretrained import read_model, read_other, require
+from kandinsky_model.pretrained import check_model, read_model, read_other, require
 
 Text = tuple[Tensor, Tensor]
 Content = Literal["video", "image", "image-edit"]
@@ -55,7 +56,8 @@ class Template:
     Attributes:
         text: What it reads, with {} for the prompt.
         crop: Tokens before the prompt, whose features are dropped.
-        max_tokens: Tokens that may follow; the rest is cut off.
+        max_tokens: Tokens that may follow, those of an image not counted; what is too much of the
+            prompt is cut off.
     """
 
     text: str
@@ -98,12 +100,12 @@ def _template(text: str, crop: int, max_tokens: int, **names: str) -> Template:
 
 _PROMT, _PROMPT = "promt engineer", "prompt engineer"
 # The crop is where the prompt begins; of an edit, the training dropped its first tokens too.
-# The image of an edit takes tokens of its own beside those of the prompt.
+# Upstream cuts nothing off an edit, but its positions of text end at 1024.
 TEMPLATES: dict[Variant, dict[Content, Template]] = {
     "original": {
         "video": _template(_VIDEO, 129, 256, role=_PROMT),
         "image": _template(_IMAGE, 41, 512, role=_PROMT),
-        "image-edit": _template(_EDIT, 55, 4096, role=_PROMT, user="\n<|im_start|>user\n"),
+        "image-edit": _template(_EDIT, 55, 1024, role=_PROMT, user="\n<|im_start|>user\n"),
     },
     "diffusers": {
         "video": _template(_VIDEO, 128, 512, role=_PROMPT),
@@ -175,6 +177,41 @@ class TextEncoder(nn.Module):
             variant=variant,
         )
 
+    @staticmethod
+    def check(
+        qwen: Path,
+        tokenizer: Path,
+        clip: Path,
+        clip_tokenizer: Path,
+        config: CrossDiTConfig,
+        *,
+        images: bool = False,
+    ) -> None:
+        """Raise the error that `load` would raise, or the model of `config` on its features.
+
+        Reads the tokenizers, and of the weights nothing but headers. The arguments are those of
+        `load`.
+        """
+        library = require("transformers")
+        parts = (
+            (library.Qwen2_5_VLForConditionalGeneration, qwen, (), tokenizer, config.in_text_dim),
+            (library.CLIPTextModel, clip, _CLIP_UNUSED, clip_tokenizer, config.in_text_dim2),
+        )
+        for kind, folder, unused, words, channels in parts:
+            found = check_model(kind, folder, ignore=unused).config.get_text_config()
+            if found.hidden_size != channels:
+                raise ValueError(
+                    f"{folder} gives features of {found.hidden_size} channels, where the model "
+                    f"takes {channels}"
+                )
+            if (size := len(read_other(library.AutoTokenizer, words))) > found.vocab_size:
+                raise ValueError(
+                    f"the tokenizer in {words} knows {size} tokens, and {folder} "
+                    f"{found.vocab_size}: they do not belong together"
+                )
+        if images:
+            read_other(library.AutoImageProcessor, tokenizer, backend="pil")
+
     @property
     def blocks(self) -> list[nn.Module]:
         """What can come to a device one after the other, in the order of the calls."""
@@ -211,17 +248,23 @@ class TextEncoder(nn.Module):
             vision = self._patches(image)
             tokens = int(vision["image_grid_thw"].prod()) // self.image_processor.merge_size**2
             text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * tokens)
-        ids = self.tokenizer(text.replace("{}", prompt), return_tensors="pt")["input_ids"]
-        limit = template.crop + template.max_tokens
-        if ids.shape[1] > limit:
-            lost = self.tokenizer.decode(ids[0, limit:], skip_special_tokens=True)
+        ids = self._ids(text.replace("{}", prompt))
+        # An image follows the prompt, from a special token on: its end is the end of all.
+        end = len(self._ids(text.split("{}")[1])) if vision else 0
+        first, last = template.crop + template.max_tokens, len(ids) - end
+        if last > first:
+            lost = self.tokenizer.decode(ids[first:last], skip_special_tokens=True)
             logger.warning("the prompt is too long; nobody will read its end: %s", lost)
-        ids = ids[:, :limit].to(self.device)
+            ids = torch.cat([ids[:first], ids[last:]])
+        ids = ids[None].to(self.device)
         if vision:
             is_image = ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
             vision["mm_token_type_ids"] = is_image.int()
         states = self.qwen(ids, use_cache=False, **vision).last_hidden_state
         return states[:, template.crop :]
+
+    def _ids(self, text: str) -> Tensor:
+        return self.tokenizer(text, return_tensors="pt")["input_ids"][0]
 
     def _patches(self, image: Tensor) -> dict[str, Tensor]:
         """Patches of the image at half its size, as upstream shows it to Qwen2.5-VL."""

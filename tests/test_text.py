@@ -12,7 +12,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from kandinsky_model.memory import streamed
 from kandinsky_model.presets import PRESETS
-from kandinsky_model.text import CONTENT, NEGATIVE_PROMPTS, TEMPLATES, TextEncoder
+from kandinsky_model.text import (
+    CONTENT,
+    IMAGE_TOKEN,
+    NEGATIVE_PROMPTS,
+    TEMPLATES,
+    TextEncoder,
+)
 
 PROMPT = "a cat in a hat"
 
@@ -111,6 +117,27 @@ def test_an_edit_sees_the_image(encoder):
     assert more.shape[1] - text.shape[1] == 3 * tokens
     with pytest.raises(ValueError, match="needs an image"):
         encoder(PROMPT, "image-edit")
+
+
+@pytest.mark.parametrize("variant", TEMPLATES)
+def test_a_long_prompt_of_an_edit_leaves_the_image_whole(variant, caplog):
+    """It is as if the prompt had ended where it is cut; upstream cuts no prompt of this length."""
+    encoder, image = tiny.text_encoder(variant, images=True), torch.zeros(64, 96, 3).byte()
+    template, seen = TEMPLATES[variant]["image-edit"], []
+    encoder.qwen.register_forward_pre_hook(
+        lambda module, args, options: seen.append((args[0], options)), with_kwargs=True
+    )
+    dropped = {"original": 3, "diffusers": 5}[variant]  # of the prompt, a token a letter
+    fits = "a" * (template.max_tokens + dropped)
+    for prompt in (fits, fits + "b" * 50, "a"):
+        encoder(prompt, "image-edit", image)
+    (whole, options), (cut, _), (short, _) = seen
+    assert torch.equal(whole, cut) and "too long" in caplog.text and "b" * 50 in caplog.text
+    image_tokens = (64 // 2) * (96 // 2) // 8**2
+    assert (cut == encoder.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).sum() == image_tokens
+    assert torch.equal(cut[0, -image_tokens - 3 :], short[0, -image_tokens - 3 :])
+    assert options["mm_token_type_ids"].shape == whole.shape
+    assert whole.shape[1] == template.crop + template.max_tokens + image_tokens + 3
 
 
 # --- reading -----------------------------------------------------------------------------------
