@@ -77,6 +77,12 @@ def check_checkpoint(path: str | Path, config: CrossDiTConfig) -> None:
     _fitting_model(read_header(path), config)
 
 
+def stored_config(path: str | Path) -> CrossDiTConfig | None:
+    """The config that lies beside the tensors of a checkpoint, or None."""
+    found = _beside(read_header(path))
+    return None if found is None else found[0]
+
+
 def find_checkpoint(weights: str | Path, preset: Preset) -> Path:
     """Where the model of a preset is.
 
@@ -313,17 +319,13 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _config(header: Header) -> CrossDiTConfig:
     """The config beside the tensors, or the one of the preset that they look like."""
-    ours = header.path.with_name(f"{header.stem}.json")
-    diffusers = header.path.with_name("config.json")
-    if ours.is_file():
-        return _read_config(ours, CrossDiTConfig.from_dict)
-    if diffusers.is_file():
-        config = _read_config(diffusers, CrossDiTConfig.from_diffusers)
+    if (found := _beside(header)) is not None:
+        config, has_rope_scale = found
         same = [p for p in _presets(config) if p.model.top_p == config.top_p]
-        stored = "_rope_scale" in json.loads(diffusers.read_text())
-        return (
-            config if stored or not same else replace(config, rope_scale=same[0].model.rope_scale)
-        )
+        if has_rope_scale or not same:
+            return config
+        return replace(config, rope_scale=same[0].model.rope_scale)
+    ours = _ours(header)
     same = _presets(_shaped(header))
     if not same:
         raise ValueError(
@@ -339,6 +341,21 @@ def _config(header: Header) -> CrossDiTConfig:
         stacklevel=3,
     )
     return config
+
+
+def _ours(header: Header) -> Path:
+    return header.path.with_name(f"{header.stem}.json")
+
+
+def _beside(header: Header) -> tuple[CrossDiTConfig, bool] | None:
+    """The config beside the tensors, and whether it says how positions are scaled."""
+    ours, diffusers = _ours(header), header.path.with_name("config.json")
+    if ours.is_file():
+        return _read_config(ours, CrossDiTConfig.from_dict), True
+    if diffusers.is_file():
+        config = _read_config(diffusers, CrossDiTConfig.from_diffusers)
+        return config, "_rope_scale" in json.loads(diffusers.read_text())
+    return None
 
 
 def _read_config(path: Path, parse: Callable[[dict[str, Any]], CrossDiTConfig]) -> CrossDiTConfig:

@@ -5,6 +5,7 @@ with replacing(path) as draft: write(draft)
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,3 +28,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def remove_drafts(path: str | Path) -> None:
+    """Remove what processes that were killed left of `path`."""
+    path = Path(path)
+    for draft in path.parent.iterdir():
+        if re.fullmatch(rf"\.\d+-{re.escape(path.name)}", draft.name):
+            draft.unlink(missing_ok=True)

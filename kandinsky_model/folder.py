@@ -8,12 +8,23 @@ VAE             vae/, of images flux/vae/     vae/
 Everything is checked as far as headers of files tell, before anything is read.
 """
 
+import hashlib
 import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from kandinsky_model.checkpoint import check_checkpoint, find_checkpoint, read_header
-from kandinsky_model.presets import Preset
+from kandinsky_model.checkpoint import (
+    check_checkpoint,
+    find_checkpoint,
+    read_header,
+    stored_config,
+)
+from kandinsky_model.config import CrossDiTConfig
+from kandinsky_model.presets import PRESETS, Preset, Task
 
 SOURCES = {
     "text encoder": "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -21,6 +32,17 @@ SOURCES = {
     "video VAE": "hunyuanvideo-community/HunyuanVideo, folder vae",
     "image VAE": "black-forest-labs/FLUX.1-dev, folder vae",
 }
+
+
+PIPELINES: dict[Task, str] = {
+    "text-to-video": "Kandinsky5T2VPipeline",
+    "image-to-video": "Kandinsky5I2VPipeline",
+    "text-to-image": "Kandinsky5T2IPipeline",
+    "image-to-image": "Kandinsky5I2IPipeline",
+}
+
+_REPOSITORY = re.compile(r"kandinsky-5\.0-(?P<task>[ti]2[vi])-(?P<size>lite|pro)(?P<rest>(-\w+)*)")
+_CHUNK = 2**24  # bytes hashed at a time
 
 
 @dataclass(frozen=True)
@@ -65,12 +87,11 @@ def find_parts(folder: str | Path, preset: Preset) -> Parts:
     try:
         model = find_checkpoint(folder, preset)
         check_checkpoint(model, preset.model)
+        _check_preset(model, preset)
     except ValueError as error:
         problems.append(f"the model of the preset: {error}")
     if problems:
-        raise ValueError(
-            f"weights of preset {preset.name!r} are missing in {folder}: {'; '.join(problems)}"
-        )
+        raise ValueError(f"{folder} lacks weights of preset {preset.name!r}: {'; '.join(problems)}")
     _check_vae(vae, is_video=preset.is_video)
     for part in (text_encoder, text_encoder_2, vae):
         _check_tensors(part)
@@ -85,17 +106,92 @@ def find_parts(folder: str | Path, preset: Preset) -> Parts:
     )
 
 
-def fingerprint(checkpoint: str | Path) -> list[list[str | int]]:
-    """Name and size of the files of a checkpoint."""
-    return [[part.name, part.stat().st_size] for part in read_header(checkpoint).parts]
+def sha256(checkpoint: str | Path) -> dict[str, str]:
+    """SHA-256 of what is in the safetensors of a folder or a checkpoint, by their names."""
+    path = Path(checkpoint)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else read_header(path).parts
+    return {file.name: _digest(file) for file in files}
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of the SHA-256 of its chunks, which are read side by side."""
+    with path.open("rb") as file, ThreadPoolExecutor() as pool:
+
+        def chunk(start: int) -> bytes:
+            return hashlib.sha256(os.pread(file.fileno(), _CHUNK, start)).digest()
+
+        return hashlib.sha256(
+            b"".join(pool.map(chunk, range(0, path.stat().st_size, _CHUNK)))
+        ).hexdigest()
+
+
+def _check_preset(model: Path, preset: Preset) -> None:
+    """Raise an error if something beside the tensors says that they are of another preset.
+
+    Shapes do not tell presets of one architecture apart. The name of upstream's file does, and has
+    been looked for already. Of a pipeline of diffusers, model_index.json tells the task, the config
+    the attention, and the folder the rest, as long as it is called as upstream calls it.
+    """
+    if not model.is_dir():
+        return
+    if (config := stored_config(model)) is not None:
+        same = [preset, *(row for row in PRESETS.values() if row.file == preset.file)]
+        if all(_attention(config) != _attention(row.model) for row in same):
+            fitting = [
+                row.name
+                for row in PRESETS.values()
+                if config.has_shapes_of(row.model) and _attention(config) == _attention(row.model)
+            ]
+            raise ValueError(
+                f"the config in {model} is of top_p {config.top_p} and window {config.window}, and "
+                f"the preset of {preset.model.top_p} and {preset.model.window}"
+                + (f"; it looks like {', '.join(fitting)}" if fitting else "")
+            )
+    if model.name != "transformer":
+        return
+    index = model.parent / "model_index.json"
+    found = _read_json(index).get("_class_name") if index.is_file() else PIPELINES[preset.task]
+    if found != PIPELINES[preset.task]:
+        tasks = [task for task, name in PIPELINES.items() if name == found]
+        raise ValueError(
+            f"{index} is of {found}{f' ({tasks[0]})' if tasks else ''}, and the preset is "
+            f"{preset.task}"
+        )
+    for name in model.resolve().parent.parts:
+        file = file_of(name)
+        rows = [row.name for row in PRESETS.values() if row.file == file]
+        if rows and file != preset.file:
+            raise ValueError(f"{name} is by its name of preset {' or '.join(rows)}")
+
+
+def file_of(repository: str) -> str | None:
+    """What `Preset.file` is called in a repository of this name; None if it is none of upstream's.
+
+    They are called Kandinsky-5.0-T2V-Lite-sft-5s, with -Diffusers behind it in that layout.
+    """
+    if (match := _REPOSITORY.search(repository.lower())) is None:
+        return None
+    rest = match["rest"].removesuffix("-diffusers").replace("-", "_")
+    return f"kandinsky5{match['size']}_{match['task']}{rest}"
+
+
+def _attention(config: CrossDiTConfig) -> tuple[float | None, tuple[int, int, int] | None]:
+    return config.top_p, config.window
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} is no object")
+        return found
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _check_vae(folder: Path, *, is_video: bool) -> None:
     wanted = "AutoencoderKLHunyuanVideo" if is_video else "AutoencoderKL"
-    try:
-        found = json.loads((folder / "config.json").read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    found = _read_json(folder / "config.json").get("_class_name")
     if found != wanted:
         raise ValueError(f"{folder} holds a VAE of class {found}, where {wanted} is wanted")
 

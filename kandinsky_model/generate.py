@@ -3,9 +3,9 @@
 Beside the file lies <file>.state.safetensors until it is done: the same command goes on from there.
 """
 
-import json
 import os
 import re
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ from rich.console import Console
 
 from kandinsky_model import presets
 from kandinsky_model.clip import check_suffix, write_frames
-from kandinsky_model.files import replacing
+from kandinsky_model.files import remove_drafts, replacing
+from kandinsky_model.magcache import RatioMeter, write_ratios
 from kandinsky_model.memory import MemoryPlan, Mode, device_memory, memory_plan
 from kandinsky_model.pipeline import Pipeline, pick_device
 from kandinsky_model.presets import FPS
@@ -34,6 +35,7 @@ def run(
     lora: Path | None = None,
     lora_scale: float = 1.0,
     variant: Variant = "original",
+    measure_magcache: Path | None = None,
     plan_only: bool = False,
 ) -> Path | None:
     """Generate a video or an image.
@@ -42,37 +44,49 @@ def run(
         request: What to generate.
         preset_name: One of `PRESETS`.
         weights: Folder, see `kandinsky_model.folder`.
-        out: The file to write; None makes a name of the prompt and the seed.
+        out: The file to write; None makes a new name of the prompt and the seed.
         device: None takes CUDA where there is a device, else the CPU.
         offload: Keep parts on the device only while they work, also where all would fit.
         lora: See `Pipeline.load`.
         lora_scale: See `Pipeline.load`.
         variant: See `Pipeline.load`.
-        plan_only: Print the memory plan and stop; needs no weights.
+        measure_magcache: A file to write the run's ratios of MagCache to, see `magcache`.
+        plan_only: Print the memory plan and stop; needs no weights and no image.
 
     Returns:
         The file, or None with `plan_only`.
     """
     console = Console(highlight=False, soft_wrap=True)
     preset = presets.preset(preset_name)
-    job = request.resolve(preset)
     place = pick_device(device)
-    plan = memory_plan(preset, job.size, request.seconds, device_memory(place))
+    plan = memory_plan(
+        preset,
+        request.size_of(preset),
+        request.seconds,
+        device_memory(place),
+        residuals=0 if request.magcache is None else 2,
+    )
     if plan_only:
         console.print(plan.describe())
         return None
+    job = request.resolve(preset)
     if weights is None:
         raise ValueError("--weights is missing: the folder that holds the weights")
     check_memory(plan, place)
     out = out or default_path(job)
     check_suffix(out, is_video=preset.is_video)
+    if measure_magcache is not None and (job.num_steps == 1 or job.schedule is not None):
+        raise ValueError(
+            f"--measure-magcache {measure_magcache} takes two steps or more, and no --magcache"
+        )
     mode: Mode = plan.mode or "stream"
     if offload and mode == "resident":
         mode = "offload"
     pipeline = Pipeline.load(
         weights, preset, device=place, mode=mode, lora=lora, lora_scale=lora_scale, variant=variant
     )
-    check_writable(out)
+    for path in filter(None, (out, measure_magcache)):
+        check_writable(path)
     state = out.with_name(f"{out.name}.state.safetensors")
     height, width = job.size
     what = "image" if job.frames == 1 else f"{job.frames} frames"
@@ -82,16 +96,22 @@ def run(
     )
     if state.exists():
         console.print(f"goes on with {state}")
+    meter = None if measure_magcache is None else RatioMeter()
     try:
-        frames = pipeline(request, state=state)
+        frames = pipeline(request, state=state, meter=meter)
+        write_frames(frames, out, fps=FPS)
     except KeyboardInterrupt:
         what = f"the same command goes on with {state}" if state.exists() else "nothing is kept"
         console.print(f"interrupted: {what}")
         raise SystemExit(INTERRUPTED) from None
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{place} is out of memory; try --offload: {error}") from error
-    write_frames(frames, out, fps=FPS)
+    if meter is not None and measure_magcache is not None:
+        write_ratios(meter.ratios, measure_magcache)
+        console.print(f"wrote {measure_magcache}")
     state.unlink(missing_ok=True)
+    for path in (out, state):
+        remove_drafts(path)
     console.print(f"wrote {out}")
     return out
 
@@ -118,9 +138,12 @@ def host_memory() -> int:
 
 
 def default_path(job: Job) -> Path:
-    """A name of the first words of the prompt and the seed."""
+    """A name of the first words of the prompt and the seed, of no file that is there."""
     words = "-".join(re.findall(r"\w+", job.prompt.lower())[:6])[:60] or "prompt"
-    return Path("out") / f"{words}-{job.seed}.{'mp4' if job.preset.is_video else 'png'}"
+    suffix = "mp4" if job.preset.is_video else "png"
+    names = chain([""], (f"-{number}" for number in count(2)))
+    paths = (Path("out") / f"{words}-{job.seed}{name}.{suffix}" for name in names)
+    return next(path for path in paths if not path.exists())
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -129,19 +152,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"--size {text!r} is not a height and a width such as 512x768")
     return int(match[1]), int(match[2])
-
-
-def parse_magcache(text: str) -> bool | list[float]:
-    """The word "preset", or the magnitudes in a JSON file."""
-    if text == "preset":
-        return True
-    try:
-        values = json.loads(Path(text).read_text())
-        return [float(value) for value in values]
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"--magcache {text!r} is neither 'preset' nor a JSON file of numbers: {error}"
-        ) from error
 
 
 def check_writable(path: Path) -> None:

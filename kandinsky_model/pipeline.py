@@ -10,10 +10,11 @@ latents  -> VAE         -> frames, uint8 [T, H, W, 3]
     write_frames(frames, "cat.mp4")
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -21,13 +22,12 @@ from torch import Tensor, nn
 
 from kandinsky_model import presets
 from kandinsky_model.checkpoint import load_checkpoint, read_header
-from kandinsky_model.folder import find_parts, fingerprint
+from kandinsky_model.folder import find_parts, sha256
 from kandinsky_model.lora import apply_lora, check_lora
-from kandinsky_model.magcache import MagCache
+from kandinsky_model.magcache import Cache, MagCache, RatioMeter
 from kandinsky_model.memory import Mode, streamed
 from kandinsky_model.model import CrossDiT
 from kandinsky_model.presets import Preset
-from kandinsky_model.pretrained import require
 from kandinsky_model.request import Job, Request
 from kandinsky_model.sampler import Callback, euler, guided_velocity, timesteps
 from kandinsky_model.state import load_state, save_state
@@ -36,6 +36,8 @@ from kandinsky_model.vae import VAE
 
 P = TypeVar("P", TextEncoder, CrossDiT, VAE)
 Inputs = dict[str, Tensor]
+
+_CACHE = "cache."  # how the tensors of a cache are called in a state
 
 
 class Part(Generic[P]):
@@ -84,8 +86,8 @@ class Pipeline:
         device: Where they work.
         mode: "resident": they stay there. "offload": each is there only while it works, Qwen2.5-VL
             layer by layer. "stream": so does the model, block by block.
-        weights: What tells these weights from others, as a JSON value: an interrupted run goes on
-            with the same ones only.
+        fingerprint: What tells these weights from others, by the names of their files: an
+            interrupted run goes on with the same ones only. Called by the first run with a state.
         trigger: What goes before every prompt.
     """
 
@@ -98,11 +100,12 @@ class Pipeline:
         *,
         device: torch.device | str = "cpu",
         mode: Mode = "resident",
-        weights: Any = None,
+        fingerprint: Callable[[], Mapping[str, str]] = dict,
         trigger: str = "",
     ) -> None:
         self.preset, self.device = preset, torch.device(device)
-        self.weights, self.trigger = weights, trigger
+        self.trigger = trigger
+        self._fingerprint = cache(fingerprint)
         self._text_encoder = Part(load_text_encoder, self.device, mode)
         self._model = Part(load_model, self.device, mode)
         self._vae = Part(load_vae, self.device, mode)
@@ -121,7 +124,8 @@ class Pipeline:
     ) -> "Pipeline":
         """A pipeline on the weights in a folder.
 
-        All are checked now. The VAE is read now, for it is small; the rest when it is first used.
+        All are checked now, as far as headers and configs tell. The VAE is read now, for it is
+        small; the rest when it is first used.
 
         Args:
             folder: See `kandinsky_model.folder` for what lies where.
@@ -138,23 +142,25 @@ class Pipeline:
         dtype = torch.float16 if preset.is_video else torch.bfloat16
         dtype = torch.float32 if device.type == "cpu" else dtype
         vae = VAE.load(parts.vae, is_video=preset.is_video, dtype=dtype)
-        require("transformers")
-        weights: list[Any]
-        weights, trigger = [variant, *fingerprint(parts.model)], ""
+        vae.check(preset.model)
+        texts = parts.text_encoder, parts.tokenizer, parts.text_encoder_2, parts.tokenizer_2
+        edits = preset.task == "image-to-image"
+        TextEncoder.check(*texts, preset.model, images=edits)
         if lora is not None:
             check_lora(lora, preset.model)
-            weights += [*fingerprint(lora), lora_scale]
-            trigger = _trigger(lora)
+
+        def fingerprint() -> dict[str, str]:
+            files = {"model": parts.model, "vae": parts.vae, "lora": lora}
+            found = {
+                f"{part}/{name}": digest
+                for part, path in files.items()
+                if path is not None
+                for name, digest in sha256(path).items()
+            }
+            return found | {"templates": variant, "lora_scale": str(lora_scale)}
 
         def load_text_encoder() -> TextEncoder:
-            return TextEncoder.load(
-                parts.text_encoder,
-                parts.tokenizer,
-                parts.text_encoder_2,
-                parts.tokenizer_2,
-                images=preset.task == "image-to-image",
-                variant=variant,
-            )
+            return TextEncoder.load(*texts, images=edits, variant=variant)
 
         def load_model() -> CrossDiT:
             target = device if mode == "resident" else "cpu"
@@ -170,8 +176,8 @@ class Pipeline:
             lambda: vae,
             device=device,
             mode=mode,
-            weights=weights,
-            trigger=trigger,
+            fingerprint=fingerprint,
+            trigger="" if lora is None else _trigger(lora),
         )
 
     def __call__(
@@ -180,6 +186,7 @@ class Pipeline:
         *,
         state: str | Path | None = None,
         callback: Callback | None = None,
+        meter: RatioMeter | None = None,
         progress: bool = True,
     ) -> Tensor:
         """Generate a video or an image.
@@ -190,12 +197,15 @@ class Pipeline:
                 with the same result; it stays until the caller deletes it.
             callback: Called after each step with the number of steps done and the latents
                 [1, T', H / 8, W / 8, C].
+            meter: Measures the ratios of MagCache meanwhile.
             progress: Whether to show progress bars.
 
         Returns:
             Frames [T, height, width, 3], uint8 on the CPU; an image is one frame.
         """
-        latents = self.latents(request, state=state, callback=callback, progress=progress)
+        latents = self.latents(
+            request, state=state, callback=callback, meter=meter, progress=progress
+        )
         with self._vae.at_work() as vae:
             return vae.decode(latents, progress="decoding" if progress else None)
 
@@ -206,24 +216,39 @@ class Pipeline:
         *,
         state: str | Path | None = None,
         callback: Callback | None = None,
+        meter: RatioMeter | None = None,
         progress: bool = True,
     ) -> Tensor:
         """The latents [1, T', H / 8, W / 8, C], float32, that `__call__` with these decodes."""
         request = Request(request) if isinstance(request, str) else request
         job, path = request.resolve(self.preset), None if state is None else Path(state)
-        arguments = job.arguments() | {"weights": self.weights, "device": self.device.type}
-        found = None if path is None else load_state(path, arguments)
-        inputs, done = found or (self._inputs(job), 0)
+        if meter is not None and job.schedule is not None:
+            raise ValueError("meter measures calls that magcache would leave out: give one of them")
+        found, arguments = None, {}
+        if path is not None:
+            arguments = job.arguments() | {"device": self.device.type, "meter": meter is not None}
+            arguments |= self._fingerprint()
+            found = load_state(path, arguments)
+        tensors, done = found or (self._inputs(job), 0)
+        inputs = {name: x for name, x in tensors.items() if not name.startswith(_CACHE)}
+        kept = {name.removeprefix(_CACHE): tensors[name] for name in tensors.keys() - inputs.keys()}
+        cached: Cache | None = meter
+        if meter is not None:
+            meter.resume(kept, branches=1 + job.is_guided)
+        elif job.schedule is not None:
+            cached = MagCache(job.schedule, start=done, kept=kept)
 
         def keep(step: int, latents: Tensor) -> None:
-            if path is not None and job.can_resume_after(step):
-                save_state(path, {**inputs, "latents": latents}, step, arguments)
+            if path is not None:
+                tensors = {} if cached is None else cached.kept
+                tensors = {f"{_CACHE}{name}": tensor for name, tensor in tensors.items()}
+                save_state(path, {**inputs, **tensors, "latents": latents}, step, arguments)
             if step and callback is not None:
                 callback(step, latents)
 
         if found is None:
             keep(0, inputs["latents"])
-        latents = self._sample(job, inputs, done, keep, progress=progress)
+        latents = self._sample(job, inputs, done, keep, cached, progress=progress)
         if "first_frame" in inputs:
             latents = torch.cat([inputs["first_frame"].to(latents), latents[:, 1:]], dim=1)
             latents = normalize_first_frames(latents)
@@ -249,7 +274,14 @@ class Pipeline:
         return inputs
 
     def _sample(
-        self, job: Job, inputs: Inputs, done: int, callback: Callback, *, progress: bool
+        self,
+        job: Job,
+        inputs: Inputs,
+        done: int,
+        callback: Callback,
+        cached: Cache | None,
+        *,
+        progress: bool,
     ) -> Tensor:
         if done == job.num_steps:
             return inputs["latents"].to(self.device)
@@ -267,7 +299,7 @@ class Pipeline:
                 first_frame=inputs.get("first_frame"),
                 source=inputs.get("source"),
                 attention=job.attention,
-                cache=None if job.schedule is None else MagCache(job.schedule, start=done),
+                cache=cached,
             )
             return euler(
                 velocity,

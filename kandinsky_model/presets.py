@@ -33,9 +33,6 @@ class Preset:
         num_steps: Euler steps.
         guidance_scale: 1 needs no second model call per step.
         shift: Of the times, see `sampler.timesteps`.
-        magnitudes: How much the residual of the visual blocks grows from one model call to the
-            next, with and without the text in turn, from the second step on (MagCache's ratios);
-            None where they have not been measured.
         file: Name of the public checkpoint file, without its extension.
     """
 
@@ -47,13 +44,17 @@ class Preset:
     num_steps: int
     guidance_scale: float
     shift: float
-    magnitudes: tuple[float, ...] | None
     file: str
 
     @property
     def is_video(self) -> bool:
         """Whether frames come out, not one image."""
         return self.seconds is not None
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether it begins with an image: a first frame, or what to edit."""
+        return self.task.startswith("image")
 
     @property
     def size(self) -> Size:
@@ -137,7 +138,6 @@ def _preset(row: _Row) -> Preset:
         num_steps=num_steps,
         guidance_scale=guidance_scale,
         shift=float(shift),
-        magnitudes=None,
         file=f"kandinsky5{architecture.split('-')[1]}_{file}",
     )
 

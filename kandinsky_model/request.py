@@ -43,8 +43,8 @@ class Request:
         seed: Of the noise; the same on every device.
         attention: "nabla", "dense", or how visual tokens attend to each other.
         top_p: Attention mass that NABLA keeps.
-        magcache: Whether to leave out model calls that hardly differ from the one before, by the
-            preset's magnitudes; or other magnitudes, see `magcache.skip_schedule`.
+        magcache: Ratios of MagCache, which leaves out model calls that hardly differ from the one
+            before; see `magcache.skip_schedule`.
     """
 
     prompt: str
@@ -58,12 +58,14 @@ class Request:
     seed: int = 0
     attention: Literal["nabla", "dense"] | VisualAttention | None = None
     top_p: float | None = None
-    magcache: bool | Sequence[float] = False
+    magcache: Sequence[float] | None = None
 
     def resolve(self, preset: Preset) -> "Job":
         """Check everything, and fill in what the preset says."""
         self._check_prompt()
         image = self._image(preset)
+        if image is None and preset.takes_image:
+            raise ValueError(f"preset {preset.name} is {preset.task}: it needs an image")
         height, width = self._size(preset, image)
         num_steps = preset.num_steps if self.num_steps is None else self.num_steps
         guidance = preset.guidance_scale if self.guidance_scale is None else self.guidance_scale
@@ -97,8 +99,13 @@ class Request:
             shift=float(shift),
             seed=self.seed,
             attention=self._attention(preset),
-            schedule=self._schedule(preset, num_steps, guidance),
+            schedule=self._schedule(num_steps, guidance),
         )
+
+    def size_of(self, preset: Preset) -> Size:
+        """(height, width) in pixels; a preset that needs an image has a size without it too."""
+        self._latent_frames(preset)
+        return self._size(preset, self._image(preset))
 
     def _check_prompt(self) -> None:
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
@@ -112,12 +119,9 @@ class Request:
             raise ValueError(f"prompt {self.prompt!r} is empty: say in words what to show")
 
     def _image(self, preset: Preset) -> Tensor | None:
-        takes_image = preset.task.startswith("image")
         if self.image is None:
-            if takes_image:
-                raise ValueError(f"preset {preset.name} is {preset.task}: it needs an image")
             return None
-        if not takes_image:
+        if not preset.takes_image:
             raise ValueError(f"preset {preset.name} is {preset.task}: it takes no image")
         if isinstance(self.image, Tensor):
             if self.image.dtype != torch.uint8 or self.image.shape[2:] != (3,):
@@ -177,14 +181,11 @@ class Request:
             raise ValueError(f"top_p {top_p} must be in (0, 1]: the attention mass to keep")
         return NablaAttention(top_p, WINDOW if model.top_p is None else model.window)
 
-    def _schedule(self, preset: Preset, num_steps: int, guidance_scale: float) -> Schedule | None:
-        if self.magcache is False:
+    def _schedule(self, num_steps: int, guidance_scale: float) -> Schedule | None:
+        if self.magcache is None:
             return None
-        magnitudes = preset.magnitudes if self.magcache is True else self.magcache
-        if magnitudes is None:
-            raise ValueError(f"preset {preset.name} has no magnitudes: pass some as magcache")
         branches = 1 if guidance_scale == 1.0 else 2
-        return skip_schedule(magnitudes, num_steps, branches=branches)
+        return skip_schedule(self.magcache, num_steps, branches=branches)
 
 
 @dataclass(frozen=True)
@@ -218,10 +219,6 @@ class Job:
     def is_guided(self) -> bool:
         """Whether the model is called twice a step."""
         return self.guidance_scale != 1.0
-
-    def can_resume_after(self, step: int) -> bool:
-        """Whether the steps behind the first `step` need nothing but the latents."""
-        return self.schedule is None or step == self.num_steps or not any(self.schedule[step])
 
     def arguments(self) -> dict[str, Any]:
         """Everything as JSON values, the image by its hash."""

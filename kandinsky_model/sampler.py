@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from kandinsky_model.attention import VisualAttention
 from kandinsky_model.config import CrossDiTConfig
-from kandinsky_model.magcache import MagCache
+from kandinsky_model.magcache import Cache
 from kandinsky_model.model import CrossDiT
 
 Text = tuple[Tensor, Tensor]
@@ -111,7 +111,7 @@ def guided_velocity(
     null_text: Text | None = None,
     guidance_scale: float = 1.0,
     attention: VisualAttention | None = None,
-    cache: MagCache | None = None,
+    cache: Cache | None = None,
 ) -> Velocity:
     """The velocity that `euler` follows: (latents [B, T, H, W, C], time) to [B, T, H, W, C].
 

@@ -206,8 +206,10 @@ def generate(
     attention: Annotated[Literal["nabla", "dense"] | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option(help="Mass that NABLA keeps, in (0, 1].")] = None,
     magcache: Annotated[
-        str | None,
-        typer.Option(help="Leave out calls that hardly differ: by 'preset' or by a JSON file."),
+        Path | None, typer.Option(help="Leave out calls that hardly differ, by ratios in a file.")
+    ] = None,
+    measure_magcache: Annotated[
+        Path | None, typer.Option(help="Leave out nothing, and write the ratios to this file.")
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA adapter of the model.")] = None,
     lora_scale: Annotated[float, typer.Option(help="Its strength.")] = 1.0,
@@ -227,7 +229,8 @@ def generate(
     What an option leaves open is the preset's. Interrupted, the same command goes on where it was.
     """
     try:
-        from kandinsky_model.generate import parse_magcache, parse_size, run
+        from kandinsky_model.generate import parse_size, run
+        from kandinsky_model.magcache import read_ratios
         from kandinsky_model.request import Request
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
@@ -245,7 +248,7 @@ def generate(
         seed=seed,
         attention=attention,
         top_p=top_p,
-        magcache=False if magcache is None else parse_magcache(magcache),
+        magcache=None if magcache is None else read_ratios(magcache),
     )
     run(
         request,
@@ -257,6 +260,7 @@ def generate(
         lora=lora,
         lora_scale=lora_scale,
         variant=templates,
+        measure_magcache=measure_magcache,
         plan_only=plan,
     )
 

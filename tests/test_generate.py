@@ -13,6 +13,7 @@ import av
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKLHunyuanVideo
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from kandinsky_model import DenseAttention, NablaAttention, generate, presets
 from kandinsky_model.pipeline import Pipeline
 from kandinsky_model.request import Request
+from kandinsky_model.text import TextEncoder
 from nabla.cli import main
 
 ROWS = {
@@ -30,7 +32,8 @@ ROWS = {
 }
 # A process of its own that ends itself by a signal as soon as it has kept so many steps.
 SCRIPT = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.path[:0] = {tests!r}, {root!r}
 import torch
 from kandinsky_model import pipeline, presets
@@ -140,7 +143,41 @@ def test_the_file_is_named_after_the_prompt(nabla):
     assert status == 0 and os.listdir("out") == ["a-cat-öl-7.mp4"]
 
 
-def test_adapters_and_other_magnitudes(nabla, tmp_path):
+def test_a_name_that_is_taken_is_not_taken_again(nabla, monkeypatch):
+    options, prompt = ["--steps", "1", "--seconds", "0.2"], "A cat"
+    for name in ("a-cat-0.mp4", "a-cat-0-2.mp4", "a-cat-0-3.mp4"):
+        status, printed = nabla(*options, prompt=prompt)
+        assert status == 0 and f"wrote out/{name}" in printed
+    old = {file: file.read_bytes() for file in Path("out").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "write_frames", interrupt)
+        assert nabla(*options, prompt=prompt)[0] == generate.INTERRUPTED
+    status, printed = nabla(*options, prompt=prompt)
+    assert "goes on with out/a-cat-0-4.mp4.state.safetensors" in printed
+    assert all(file.read_bytes() == content for file, content in old.items())
+    assert len(os.listdir("out")) == 4
+
+
+def interrupt(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_ratios_are_measured_and_used(nabla):
+    options = ["--steps", "8", "--seconds", "0.2"]
+    assert nabla("--out", "plain.mp4", *options)[0] == 0
+    status, printed = nabla("--out", "cat.mp4", "--measure-magcache", "out/ratios.json", *options)
+    assert status == 0 and "wrote out/ratios.json" in printed
+    assert Path("cat.mp4").read_bytes() == Path("plain.mp4").read_bytes()
+    status, printed = nabla("--out", "cat.mp4", "--magcache", "out/ratios.json", *options)
+    assert status == 0, printed
+    assert nabla("--out", "cat.mp4", "--magcache", "out/ratios.json", "--steps", "5")[0] == 0
+    assert sorted(os.listdir()) == ["cat.mp4", "out", "plain.mp4"]
+    for more in (["--magcache", "out/ratios.json"], ["--steps", "1"]):
+        status, printed = nabla(*options, "--measure-magcache", "other.json", *more)
+        assert status == 1 and "takes two steps or more, and no --magcache" in printed
+
+
+def test_adapters_and_other_ratios(nabla, tmp_path):
     options = ["--out", "cat.mp4", "--steps", "4", "--seconds", "0.2"]
     layer = "visual_transformer_blocks.0.feed_forward.in_layer"
     dim = tiny.CONFIG.model_dim
@@ -186,7 +223,8 @@ def test_the_readme(monkeypatch, tmp_path, weights):
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
 def test_an_interrupted_run_resumed_writes_the_same_file(nabla, weights, tmp_path, end):
-    options = ["--steps", "5", "--seconds", "0.5", "--seed", "1", "--magcache", "preset"]
+    Path("ratios.json").write_text(str([*tiny.RATIOS]))
+    options = ["--steps", "5", "--seconds", "0.5", "--seed", "1", "--magcache", "ratios.json"]
     assert nabla("--out", "whole.mp4", *options)[0] == 0
     tests = Path(__file__).parent
     script = SCRIPT.format(tests=str(tests), root=str(tests.parent), step=3, signal=int(end))
@@ -203,12 +241,39 @@ def test_an_interrupted_run_resumed_writes_the_same_file(nabla, weights, tmp_pat
     assert not Path("cat.mp4").exists()
     with safe_open("cat.mp4.state.safetensors", framework="pt") as state:
         assert state.metadata()["step"] == "3"
+    Path(".12-cat.mp4.state.safetensors").touch()  # as when killed while it was written
     status, printed = nabla("--out", "cat.mp4", *options, "--seed", "2")
     assert status == 1 and "other arguments (seed 1, now 2)" in printed
     status, printed = nabla("--out", "cat.mp4", *options)
     assert status == 0 and "goes on with cat.mp4.state.safetensors" in printed
     assert Path("cat.mp4").read_bytes() == Path("whole.mp4").read_bytes()
-    assert sorted(os.listdir()) == ["cat.mp4", "whole.mp4"]
+    assert sorted(os.listdir()) == ["cat.mp4", "ratios.json", "whole.mp4"]
+
+
+@pytest.mark.parametrize("file", ["model", "vae", "lora.safetensors"])
+def test_weights_that_changed_are_noticed(nabla, weights, tmp_path, monkeypatch, file):
+    """By what they hold: name, size and time of the file are as they were."""
+    folder = shutil.copytree(weights["text-to-video"], tmp_path / "weights")
+    layer = "visual_transformer_blocks.0.feed_forward.in_layer"
+    lora = {"A": torch.ones(2, tiny.CONFIG.model_dim), "B": torch.ones(tiny.CONFIG.ff_dim, 2)}
+    save_file({f"{layer}.lora_{x}.weight": value for x, value in lora.items()}, "lora.safetensors")
+    options = ["--out", "cat.mp4", "--steps", "2", "--seconds", "0.2", "--lora", "lora.safetensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "write_frames", interrupt)
+        assert nabla(*options, folder=folder)[0] == generate.INTERRUPTED
+    (path,) = [Path(file)] if Path(file).is_file() else (folder / file).glob("*.safetensors")
+    before, tensors = path.stat(), load_file(path)
+    name = min(tensors)
+    tensors[name].flatten()[0] += 1.0
+    with safe_open(path, framework="pt") as opened:
+        save_file(tensors, path, metadata=opened.metadata())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    status, printed = nabla(*options, folder=folder)
+    assert status == 1 and match(rf"other arguments \(\w+/{path.name} ", printed), printed
+    assert not Path("cat.mp4").exists()
+    Path("cat.mp4.state.safetensors").unlink()
+    assert nabla(*options, folder=folder)[0] == 0
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -243,7 +308,9 @@ def test_an_interrupted_run_resumed_writes_the_same_file(nabla, weights, tmp_pat
         ("text-to-video", ["--weights", "nowhere"], "weights nowhere is no folder"),
         ("text-to-video", ["--size", "65536x65536"], "GB"),
         ("text-to-video", ["--device", "toaster"], "device 'toaster'"),
-        ("text-to-video", ["--magcache", "yes"], "--magcache 'yes' is neither"),
+        ("text-to-video", ["--magcache", "yes"], "magcache yes does not exist.*--measure-magcache"),
+        ("text-to-video", ["--measure-magcache", "/proc/no/a"], "/proc/no/a cannot be written"),
+        ("text-to-video", ["--measure-magcache", "x", "--steps", "1"], "takes two steps or more"),
         ("text-to-video", ["--lora", "absent.safetensors"], "absent.safetensors does not exist"),
         ("text-to-video", ["--device", "cuda:99"], "device 'cuda:99' is not there"),
     ],
@@ -296,8 +363,39 @@ def one_less(file):
     save_file(tensors, file)
 
 
+def reshaped(file):
+    tensors = load_file(file)
+    name = max(tensors)
+    save_file(tensors | {name: torch.ones(3)}, file)
+
+
+def of_another_size(file):
+    """Whole in itself, but not what the model takes."""
+    if file.parent.name == "vae":
+        AutoencoderKLHunyuanVideo(
+            latent_channels=8, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
+            norm_num_groups=4, mid_block_add_attention=False,
+        ).save_pretrained(file.parent)  # fmt: skip
+        return
+    model = tiny.qwen() if file.parent.name == "text_encoder" else tiny.clip()
+    config = model.config.to_dict()
+    text = config.get("text_config", config)
+    text |= {"hidden_size": 48, "rope_parameters": None}
+    if "vision_config" in config:
+        config["vision_config"]["out_hidden_size"] = 48
+    type(model)(type(model.config)(**config)).save_pretrained(file.parent)
+
+
+def with_words_of_another(file):
+    """A tokenizer of more words than the model knows."""
+    tokenizer = tiny.qwen_tokenizer()
+    tokenizer.add_tokens([f"word{number}" for number in range(999)])
+    tokenizer.save_pretrained(file.parent)
+
+
 MODEL = "model/kandinsky5tiny_text-to-video.safetensors"
 QWEN = "text_encoder/model.safetensors"
+CLIP = "text_encoder2/model.safetensors"
 AUTOENCODER = "vae/diffusion_pytorch_model.safetensors"
 
 
@@ -312,7 +410,12 @@ AUTOENCODER = "vae/diffusion_pytorch_model.safetensors"
         (QWEN, truncated, "text_encoder.*cannot be read as safetensors"),
         (QWEN, one_less, "1 missing keys"),
         (QWEN, foreign, "missing keys"),
+        (QWEN, reshaped, r"text_encoder is no Qwen2_5_VL.*1 other shapes: .* \[3\] instead of"),
+        (QWEN, of_another_size, "text_encoder gives features of 48 channels.* takes 32"),
+        (QWEN, with_words_of_another, "the tokenizer in .*text_encoder knows 1"),
         (QWEN, Path.unlink, "text_encoder holds no .safetensors"),
+        (CLIP, one_less, "text_encoder2 is no CLIPTextModel: 1 missing keys"),
+        (CLIP, of_another_size, "text_encoder2 gives features of 48 channels.* takes 24"),
         ("text_encoder/config.json", Path.unlink, r"text encoder \(Qwen/Qwen2.5-VL-7B-Instruct\)"),
         ("text_encoder/tokenizer.json", Path.unlink, "tokenizer"),
         ("text_encoder2/config.json", Path.unlink, r"second text encoder \(openai/clip-vit-large"),
@@ -321,10 +424,12 @@ AUTOENCODER = "vae/diffusion_pytorch_model.safetensors"
         (AUTOENCODER, truncated, "vae.*cannot be read as safetensors"),
         (AUTOENCODER, one_less, "1 missing keys"),
         (AUTOENCODER, foreign, "1 unexpected keys"),
+        (AUTOENCODER, of_another_size, "latents of this VAE have 8 channels.* takes 4"),
     ],
 )
 def test_refuses_spoiled_weights(nabla, monkeypatch, weights, tmp_path, file, spoil, words):
-    monkeypatch.setattr("kandinsky_model.pipeline.euler", None)
+    monkeypatch.setattr(TextEncoder, "load", None)  # nothing large is read
+    monkeypatch.setattr("kandinsky_model.pipeline.load_checkpoint", None)
     folder = tmp_path / "spoiled"
     shutil.copytree(weights["text-to-video"], folder)
     spoil(folder / file)
@@ -354,6 +459,15 @@ def test_refuses_the_weights_of_another_preset(nabla, weights, tmp_path):
 def test_the_plan_needs_no_weights(nabla):
     status, printed = nabla("--plan", "--preset", "video-pro-10s-hd", folder="nowhere")
     assert status == 0 and "768x1280" in printed and "GB" in printed
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_plan_needs_no_image(nabla, name):
+    status, printed = nabla("--plan", "--preset", name, folder="nowhere")
+    height, width = presets.PRESETS[name].size
+    assert status == 0 and f"{height}x{width}" in printed
+    status, printed = nabla("--plan", "--preset", name, "--size", "1040x1056", folder="nowhere")
+    assert status == 0 and "1040x1056" in printed
 
 
 def test_a_grid_too_large_for_memory_says_how_much_it_takes(nabla, monkeypatch):

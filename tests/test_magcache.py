@@ -4,8 +4,13 @@ import pytest
 import tiny
 import torch
 
-from kandinsky_model.magcache import MagCache, skip_schedule
-from kandinsky_model.presets import PRESETS
+from kandinsky_model.magcache import (
+    MagCache,
+    RatioMeter,
+    read_ratios,
+    skip_schedule,
+    write_ratios,
+)
 
 
 def upstream(magnitudes, num_steps, *, guided):
@@ -69,13 +74,84 @@ def test_a_run_without_skips_is_the_plain_run():
     assert torch.equal(plain, cached)
 
 
-def test_published_magnitudes_give_a_schedule():
-    measured = [row for row in PRESETS.values() if row.magnitudes is not None]
-    for row in measured:
-        schedule = skip_schedule(row.magnitudes, row.num_steps)
-        assert not any(skip for step in schedule[: row.num_steps // 5] for skip in step)
+@pytest.mark.parametrize("ratios", [[1.0, 1.0, 1.0], [1.0, float("nan")], [-1.0, 1.0]])
+def test_ratios_that_are_none(ratios):
+    with pytest.raises(ValueError, match="two finite numbers a step, from 0"):
+        skip_schedule(ratios, 4)
 
 
-def test_magnitudes_come_in_pairs():
-    with pytest.raises(ValueError, match="two finite numbers"):
-        skip_schedule([1.0, 1.0, 1.0], 4)
+def test_ratios_without_guidance_are_not_taken_for_those_with_it():
+    ratios = [1.01, 0.0, 0.99, 0.0]
+    assert any(skip for (skip,) in skip_schedule(ratios, 30, branches=1))
+    with pytest.raises(ValueError, match="without text are 0: they were measured without guidance"):
+        skip_schedule(ratios, 30)
+
+
+def test_residuals_that_are_needed_are_kept():
+    """Behind every step, what is kept is what the next one adds: a run goes on from anywhere."""
+    schedule = skip_schedule(tiny.RATIOS, 20)
+    assert 0 < sum(map(any, schedule)) < 20
+
+    def run(cache, start=0, stop=20):
+        outs = []
+        for step in range(start, stop):
+            for branch in range(2):
+                generator = torch.Generator().manual_seed(2 * step + branch)
+                x = torch.randn(1, 2, 3, generator=generator)
+                outs.append(cache(lambda v, a=1 + 0.1 * step, b=branch: a * v + b, x))
+        return outs
+
+    whole = run(MagCache(schedule))
+    for stop in range(20):
+        first = MagCache(schedule)
+        run(first, stop=stop)
+        assert first.kept.keys() == {f"residual_{b}" for b in range(2) if schedule[stop][b]}
+        rest = run(MagCache(schedule, start=stop, kept=first.kept), start=stop)
+        assert torch.equal(torch.stack(rest), torch.stack(whole[2 * stop :]))
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_ratios_are_measured_token_by_token(branches, stop, tmp_path):
+    """Of every branch for itself; a meter that was interrupted goes on."""
+    residuals = torch.randn(5, branches, 1, 7, 3)
+    norms = residuals.norm(dim=-1)
+    expected = (norms[1:] / norms[:-1]).mean((2, 3)).tolist()
+    meter = RatioMeter()
+    meter.resume({}, branches=branches)
+    for step in range(5):
+        if step == stop:
+            kept, meter = meter.kept, RatioMeter()
+            meter.resume(kept, branches=branches)
+        for branch in range(branches):
+            x = torch.randn(1, 7, 3)
+            meter(lambda v, r=residuals[step, branch]: v + r, x)
+    wanted = [x for pair in expected for x in (pair if branches == 2 else [*pair, 0.0])]
+    assert meter.ratios == pytest.approx(wanted, rel=1e-4)
+    write_ratios(meter.ratios, tmp_path / "ratios.json")
+    assert read_ratios(tmp_path / "ratios.json") == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.json", "[0.99, 1.01, 1e-05, 1]"),
+        ("ours.json", '{"magcache": {"mag_ratios": [0.99, 1.01, 0.00001, 1.0]}}'),
+        (
+            "upstream.yaml",
+            "a: 1\nmagcache:\n  mag_ratios: [.99, 1.01, 1e-5, 1]\n",
+        ),
+    ],
+)
+def test_files_of_ratios(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert read_ratios(tmp_path / name) == [0.99, 1.01, 1e-5, 1.0]
+
+
+@pytest.mark.parametrize("text", ["", "no", "[1, x]", "{a: 1}", "magcache: 3", "[[1]]", "{", "\0"])
+def test_files_without_ratios(tmp_path, text):
+    (tmp_path / "ratios.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"ratios.yaml holds no ratios.*mag_ratios"):
+        read_ratios(tmp_path / "ratios.yaml")
+    with pytest.raises(ValueError, match=r"absent.json does not exist.*--measure-magcache"):
+        read_ratios(tmp_path / "absent.json")

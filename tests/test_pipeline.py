@@ -20,6 +20,7 @@ from PIL import Image
 from test_model import diffusers_model
 
 from kandinsky_model import NablaAttention
+from kandinsky_model.magcache import RatioMeter
 from kandinsky_model.pipeline import Part, Pipeline, normalize_first_frames
 from kandinsky_model.request import Request
 from kandinsky_model.text import IMAGE_TOKEN
@@ -101,7 +102,7 @@ def theirs(row, encoder):
     """The pipeline of diffusers on the same components."""
     pipeline = PIPELINES[row.task](
         transformer=diffusers_model(tiny.cross_dit(row.model)),
-        vae=tiny.vae(row).model,
+        vae=tiny.video_vae() if row.is_video else tiny.image_vae(),
         text_encoder=tiny.qwen(),
         tokenizer=Processor(encoder),
         text_encoder_2=encoder.clip,
@@ -109,7 +110,7 @@ def theirs(row, encoder):
         scheduler=UpstreamTimes(shift=row.shift),
     )
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.resolutions = [SIZE]
+    pipeline.resolutions = [row.size[::-1]]  # of images: width, height
     return pipeline
 
 
@@ -124,33 +125,38 @@ def random_image(size=SIZE, seed=5) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
+def resized_by_pillow(frames, height, width):
+    """What `fit` does in the pipelines of diffusers."""
+    image = Image.fromarray(frames[0].numpy()).resize((width, height))
+    return torch.from_numpy(np.array(image))[None]
+
+
 FLASH = {"num_steps": 16, "guidance_scale": 1.0}
+IMAGES = {"guidance_scale": 3.5, "shift": 3.0, "sizes": ((96, 176),)}
+TILES = {"sizes": ((272, 288),), "num_steps": 2}  # larger than a tile of the VAE
 CASES = {
     "text to video, dense": ("text-to-video", False, {}),
     "text to video, NABLA": ("text-to-video", True, {}),
     "text to video, flash": ("text-to-video", False, FLASH),
-    "text to video, NABLA, flash": (
-        "text-to-video",
-        True,
-        {"num_steps": 16, "guidance_scale": 1.0},
-    ),
+    "text to video, NABLA, flash": ("text-to-video", True, FLASH),
     "image to video, dense": ("image-to-video", False, {}),
     "image to video, NABLA": ("image-to-video", True, {}),
-    "text to image": ("text-to-image", False, {"guidance_scale": 3.5, "shift": 3.0}),
-    "image to image": ("image-to-image", False, {"guidance_scale": 3.5, "shift": 3.0}),
+    "image to video, a first frame of many tiles": ("image-to-video", False, TILES),
+    "text to image": ("text-to-image", False, IMAGES),
+    "image to image": ("image-to-image", False, IMAGES),
 }
 
 
 @pytest.mark.usefixtures("rope_in_fp32")
 @pytest.mark.parametrize(("task", "sparse", "changes"), CASES.values(), ids=CASES)
 def test_equals_diffusers(task, sparse, changes, encoder, monkeypatch):
-    row = tiny.preset(task, sizes=(SIZE,), **changes)
+    row = tiny.preset(task, **{"sizes": (SIZE,)} | changes)
     attention = RecordedNabla(0.5, (3, 1, 1)) if sparse else None
     image = None
-    if task == "image-to-video":
-        image = random_image()
-    if task == "image-to-image":  # Qwen2.5-VL sees half the size; diffusers resizes otherwise
-        image = Image.new("RGB", SIZE, (200, 90, 30))
+    if task.startswith("image"):
+        image = random_image(row.size)
+    if task == "image-to-image":  # Qwen2.5-VL sees half the size, which upstream makes otherwise
+        monkeypatch.setattr("kandinsky_model.text.fit", resized_by_pillow)
     seconds = SECONDS if row.is_video else None
     request = Request(PROMPT, image=image, seconds=seconds, seed=7, attention=attention)
     # diffusers takes the statistics of the first 4 frames together where upstream takes those of
@@ -180,7 +186,7 @@ def test_equals_diffusers(task, sparse, changes, encoder, monkeypatch):
     if task == "image-to-video":
         pipeline.normalize_first_frame = lambda x: x
     expected = pipeline(
-        prompt=PROMPT, height=SIZE[0], width=SIZE[1], num_inference_steps=row.num_steps,
+        prompt=PROMPT, height=row.size[0], width=row.size[1], num_inference_steps=row.num_steps,
         guidance_scale=row.guidance_scale, generator=torch.Generator().manual_seed(7),
         output_type="latent", **options,
     )[0]  # fmt: skip
@@ -247,11 +253,11 @@ class Counting:
 
 @pytest.mark.parametrize("magcache", [False, True], ids=["plain", "magcache"])
 @pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
-@pytest.mark.parametrize("stop", [1, 6, 10])
+@pytest.mark.parametrize("stop", [1, 6, 7, 8, 10])
 def test_an_interrupted_run_goes_on_with_the_same_result(encoder, tmp_path, task, stop, magcache):
     row = tiny.preset(task, sizes=((32, 48),), num_steps=10)
     image = random_image((32, 48)) if task == "image-to-video" else None
-    request = Request(PROMPT, image=image, seconds=0.9, magcache=magcache)
+    request = Request(PROMPT, image=image, seconds=0.9, magcache=tiny.RATIOS if magcache else None)
     expected = ours(row, encoder).latents(request, progress=False)
     state, steps = tmp_path / "state.safetensors", []
 
@@ -270,9 +276,7 @@ def test_an_interrupted_run_goes_on_with_the_same_result(encoder, tmp_path, task
     )
     assert torch.equal(actual, expected)
     assert text.count == 0, "the features are in the state"
-    again = steps[stop:]
-    assert again == list(range(again[0] if again else 0, 11 if again else 0))
-    assert len(again) in ((10 - stop,) if not magcache else range(10 - stop, 13 - stop))
+    assert steps == [*range(1, 11)], "no step is done twice"
 
 
 def test_a_state_is_taken_up_with_the_same_arguments_only(encoder, tmp_path):
@@ -290,12 +294,51 @@ def test_a_state_is_taken_up_with_the_same_arguments_only(encoder, tmp_path):
     ]:
         with pytest.raises(ValueError, match=f"other arguments.*{words}.*delete"):
             pipeline.latents(replace(request, **change), state=state, progress=False)
-    with pytest.raises(ValueError, match="weights"):
-        ours(row, encoder, weights="others").latents(request, state=state, progress=False)
+    with pytest.raises(ValueError, match="vae/weights None, now 'others'"):
+        others = ours(row, encoder, fingerprint=lambda: {"vae/weights": "others"})
+        others.latents(request, state=state, progress=False)
     assert torch.equal(pipeline.latents(request, state=state, progress=False), expected)
     state.write_bytes(state.read_bytes()[:-20])
     with pytest.raises(ValueError, match="cannot be read.*delete"):
         pipeline.latents(request, state=state, progress=False)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_ratios_are_those_of_the_run(encoder, tmp_path, guidance_scale):
+    """Measuring changes nothing of the result; an interrupted measurement goes on."""
+    row = tiny.preset(sizes=((32, 48),), guidance_scale=guidance_scale)
+    request, state = Request(PROMPT, seconds=0.5), tmp_path / "state.safetensors"
+    model, ends = tiny.cross_dit(row.model), [[], []]
+    blocks = model.visual_transformer_blocks
+    blocks[0].register_forward_pre_hook(lambda module, args: ends[0].append(args[0]))
+    blocks[-1].register_forward_hook(lambda module, args, out: ends[1].append(out))
+    pipeline = Pipeline(row, lambda: encoder, lambda: model, lambda: tiny.vae(row))
+    meter = RatioMeter()
+    measured = pipeline.latents(request, meter=meter, progress=False)
+    plain = ours(row, encoder).latents(request, progress=False)
+    assert torch.equal(measured, plain)
+    branches = 1 if guidance_scale == 1.0 else 2
+    norms = [(out - x).norm(dim=-1) for x, out in zip(*ends, strict=True)]
+    ratios = [(b / a).mean().item() for a, b in zip(norms, norms[branches:], strict=False)]
+    if branches == 1:
+        ratios = [x for ratio in ratios for x in (ratio, 0.0)]
+    assert len(ratios) == 2 * (row.num_steps - 1)
+    assert meter.ratios == pytest.approx(ratios, rel=1e-4)
+
+    def interrupt(step, latents):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.latents(request, state=state, meter=RatioMeter(), callback=interrupt)
+    with pytest.raises(ValueError, match="meter True, now False"):
+        pipeline.latents(request, state=state)
+    for _ in range(2):  # from the middle, then from the end
+        rest = RatioMeter()
+        pipeline.latents(request, state=state, meter=rest, progress=False)
+        assert rest.ratios == meter.ratios
+    with pytest.raises(ValueError, match="give one of them"):
+        pipeline.latents(replace(request, magcache=ratios), meter=RatioMeter())
 
 
 @pytest.mark.parametrize(("guidance_scale", "calls"), [(1.0, 3), (1.01, 6), (0.0, 6)])

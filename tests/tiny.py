@@ -26,6 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from kandinsky_model import CrossDiT, CrossDiTConfig, Preset
 from kandinsky_model.checkpoint import save_checkpoint
+from kandinsky_model.folder import PIPELINES
 from kandinsky_model.text import IMAGE_TOKEN, TEMPLATES, TextEncoder
 from kandinsky_model.vae import VAE
 
@@ -38,7 +39,7 @@ CONFIG = CrossDiTConfig(
 SPLIT_IN_TWO = [
     ("\u0120prom", "t"), ("\u0120dynam", "ism"), ("\u0120scre", "n"), ("\u0120post", "processing"),
 ]  # fmt: skip
-MAGNITUDES = tuple(1.0 + 0.01 * (-1) ** (i // 2) for i in range(2 * 9))
+RATIOS = tuple(1.0 + 0.01 * (-1) ** (i // 2) for i in range(2 * 9))  # of MagCache
 
 
 def preset(task="text-to-video", *, sizes=((64, 96),), **changes) -> Preset:
@@ -50,7 +51,7 @@ def preset(task="text-to-video", *, sizes=((64, 96),), **changes) -> Preset:
     values = {
         "name": f"tiny-{task}", "task": task, "model": model, "sizes": sizes,
         "seconds": 1 if is_video else None, "num_steps": 4, "guidance_scale": 5.0, "shift": 5.0,
-        "magnitudes": MAGNITUDES, "file": f"kandinsky5tiny_{task}",
+        "file": f"kandinsky5tiny_{task}",
     }  # fmt: skip
     return Preset(**values | changes)
 
@@ -211,5 +212,5 @@ def write_weights(folder: Path, row: Preset, *, layout="original") -> Path:
         (folder / "model" / f"{row.file}.json").unlink()  # as published
     else:
         save_checkpoint(model, folder / "transformer", layout="diffusers")
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": "Kandinsky5"}))
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": PIPELINES[row.task]}))
     return folder
