@@ -233,7 +233,7 @@ def read_header(path: str | Path) -> Header:
                 shapes[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
                 found[name] = part.name
     if weight_map is not None and found != weight_map:
-        wrong = sorted(name for name, _ in found.items() ^ weight_map.items())
+        wrong = sorted({name for name, _ in found.items() ^ weight_map.items()})
         raise ValueError(f"{path} and its files disagree on where {_some(wrong)} is")
     return Header(path, tuple(parts), shapes, dtypes)
 

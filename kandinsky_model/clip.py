@@ -88,9 +88,18 @@ def read_image(path: str | Path) -> Tensor:
     """Read an image file, upright, as [H, W, 3]."""
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
-    except OSError as error:
+            return rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+def rgb(image: Image.Image) -> Tensor:
+    """An image as [H, W, 3]; of 16 bits, the upper 8 are taken."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} does not say what is white: save it with 8 or 16 bits")
+    return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def write_frames(frames: Tensor, path: str | Path, *, fps: int = 24) -> Path:

@@ -69,10 +69,10 @@ def run(
     if plan_only:
         console.print(plan.describe())
         return None
-    job = request.resolve(preset)
     if weights is None:
         raise ValueError("--weights is missing: the folder that holds the weights")
-    check_memory(plan, place)
+    check_memory(plan, place)  # before an image is brought to the size
+    job = request.resolve(preset)
     out = out or default_path(job)
     check_suffix(out, is_video=preset.is_video)
     if measure_magcache is not None and (job.num_steps == 1 or job.schedule is not None):
@@ -139,7 +139,8 @@ def host_memory() -> int:
 
 def default_path(job: Job) -> Path:
     """A name of the first words of the prompt and the seed, of no file that is there."""
-    words = "-".join(re.findall(r"\w+", job.prompt.lower())[:6])[:60] or "prompt"
+    words = "-".join(re.findall(r"\w+", job.prompt.lower())[:6])
+    words = words.encode()[:60].decode(errors="ignore") or "prompt"  # names are limited in bytes
     suffix = "mp4" if job.preset.is_video else "png"
     names = chain([""], (f"-{number}" for number in count(2)))
     paths = (Path("out") / f"{words}-{job.seed}{name}.{suffix}" for name in names)

@@ -42,8 +42,8 @@ def check_model(kind: Any, folder: Path, *, ignore: Sequence[str] = ()) -> Any:
         raise ValueError(f"{folder} holds neither {' nor '.join(names)}; fetch the weights")
     shapes = read_header(files[0]).shapes
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    config = _from_pretrained(kind.config_class, folder)
     with _quiet():
+        config = _from_pretrained(kind.config_class, folder)
         model, info = kind.from_pretrained(
             None, config=config, state_dict=tensors, device_map={"": "meta"},
             output_loading_info=True, ignore_mismatched_sizes=True,

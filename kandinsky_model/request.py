@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from kandinsky_model.attention import DenseAttention, NablaAttention, VisualAttention
-from kandinsky_model.clip import fit, read_image
+from kandinsky_model.clip import fit, read_image, rgb
 from kandinsky_model.magcache import Schedule, skip_schedule
 from kandinsky_model.presets import FPS, FRAMES_PER_LATENT, PIXELS_PER_LATENT, WINDOW, Preset, Size
 from kandinsky_model.text import CONTENT, NEGATIVE_PROMPTS
@@ -130,7 +129,7 @@ class Request:
                 )
             return self.image
         if isinstance(self.image, Image.Image):
-            return torch.from_numpy(np.array(self.image.convert("RGB")))
+            return rgb(self.image)
         return read_image(self.image)
 
     def _size(self, preset: Preset, image: Tensor | None) -> Size:
@@ -158,7 +157,7 @@ class Request:
         if self.seconds is None:
             return preset.latent_frames
         shortest = FRAMES_PER_LATENT / FPS
-        if not (math.isfinite(self.seconds) and self.seconds >= shortest):
+        if not (math.isfinite(FPS * self.seconds) and self.seconds >= shortest):
             raise ValueError(
                 f"seconds {self.seconds} make no video: give at least {shortest:.2f}, such as the "
                 f"preset's {preset.seconds}"

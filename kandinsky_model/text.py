@@ -204,11 +204,16 @@ class TextEncoder(nn.Module):
                     f"{folder} gives features of {found.hidden_size} channels, where the model "
                     f"takes {channels}"
                 )
-            if (size := len(read_other(library.AutoTokenizer, words))) > found.vocab_size:
+            reader = read_other(library.AutoTokenizer, words)
+            if (size := len(reader)) > found.vocab_size:
                 raise ValueError(
                     f"the tokenizer in {words} knows {size} tokens, and {folder} "
                     f"{found.vocab_size}: they do not belong together"
                 )
+            try:
+                reader("a cat")
+            except Exception as error:  # tokenizers raises nothing more special
+                raise ValueError(f"the tokenizer in {words} reads no text: {error}") from error
         if images:
             read_other(library.AutoImageProcessor, tokenizer, backend="pil")
 

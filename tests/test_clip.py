@@ -4,11 +4,20 @@ import math
 import sys
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from kandinsky_model.clip import find_clip, fit, read_clip, side_by_side, write_gif, write_mp4
+from kandinsky_model.clip import (
+    find_clip,
+    fit,
+    read_clip,
+    read_image,
+    side_by_side,
+    write_gif,
+    write_mp4,
+)
 from kandinsky_model.codec import CosineCodec, cosine_basis, from_motion, to_motion
 
 
@@ -121,3 +130,26 @@ def test_a_gif_lasts_as_long_as_its_frames(tmp_path):
             durations.append(gif.info["duration"])
     assert len(durations) == 25 and set(durations) == {40, 50}
     assert abs(sum(durations) - 1000 * 25 / 24) < 10
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_images_of_every_mode(tmp_path, mode):
+    levels = np.array([[0, 255], [255, 0]], dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(levels.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(levels).convert(mode)
+    image.save(tmp_path / "image.tiff")
+    assert torch.equal(read_image(tmp_path / "image.tiff")[..., 0], torch.from_numpy(levels))
+
+
+def test_images_that_cannot_be_read(tmp_path, monkeypatch):
+    Image.new("F", (2, 2)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match=r"float.tiff cannot be read: mode F does not say"):
+        read_image(tmp_path / "float.tiff")
+    Image.new("L", (9, 9)).save(tmp_path / "large.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "large.png").read_bytes()[:50])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # an error from twice that on
+    for name in ("large.png", "cut.png", "none.png"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            read_image(tmp_path / name)

@@ -287,6 +287,8 @@ def test_weights_that_changed_are_noticed(nabla, weights, tmp_path, monkeypatch,
         ("text-to-video", ["--size", "64"], "--size '64' is not a height and a width"),
         ("text-to-video", ["--seconds", "0"], "seconds 0.0 make no video"),
         ("text-to-video", ["--seconds", "nan"], "seconds nan make no video"),
+        ("text-to-video", ["--seconds", "1e308"], "seconds 1e.308 make no video"),
+        ("text-to-video", ["--seconds", "1e12"], "24000000000001 frames needs"),
         ("text-to-image", ["--seconds", "5"], "makes images"),
         ("text-to-video", ["--steps", "0"], "num_steps 0"),
         ("text-to-video", ["--guidance", "-1"], "guidance_scale -1"),
@@ -386,6 +388,11 @@ def of_another_size(file):
     type(model)(type(model.config)(**config)).save_pretrained(file.parent)
 
 
+def of_the_other_encoder(file):
+    """Its words, but none that begin or end a text of CLIP."""
+    shutil.copy(file.parent.parent / "text_encoder" / file.name, file)
+
+
 def with_words_of_another(file):
     """A tokenizer of more words than the model knows."""
     tokenizer = tiny.qwen_tokenizer()
@@ -415,6 +422,7 @@ AUTOENCODER = "vae/diffusion_pytorch_model.safetensors"
         (QWEN, with_words_of_another, "the tokenizer in .*text_encoder knows 1"),
         (QWEN, Path.unlink, "text_encoder holds no .safetensors"),
         (CLIP, one_less, "text_encoder2 is no CLIPTextModel: 1 missing keys"),
+        ("text_encoder2/tokenizer.json", of_the_other_encoder, "text_encoder2 reads no text"),
         (CLIP, of_another_size, "text_encoder2 gives features of 48 channels.* takes 24"),
         ("text_encoder/config.json", Path.unlink, r"text encoder \(Qwen/Qwen2.5-VL-7B-Instruct\)"),
         ("text_encoder/tokenizer.json", Path.unlink, "tokenizer"),
@@ -478,6 +486,13 @@ def test_a_grid_too_large_for_memory_says_how_much_it_takes(nabla, monkeypatch):
     status, printed = nabla("--out", "cat.mp4")
     assert status == 1 and match(r"48x64 with 25 frames needs .* GB .* there are 2.00 GB", printed)
     assert os.listdir() == []
+
+
+def test_an_image_is_not_scaled_to_a_size_that_is_too_large(nabla, monkeypatch, tmp_path):
+    monkeypatch.setattr("kandinsky_model.request.fit", None)
+    image = image_file(tmp_path / "in.png")
+    status, printed = nabla("--image", image, "--size", "160000x160000", task="image-to-image")
+    assert status == 1 and match(r"160000x160000 with 1 frames needs .* GB", printed)
 
 
 @pytest.mark.parametrize(
