@@ -60,10 +60,14 @@ def fit(frames: Tensor, height: int, width: int) -> Tensor:
         max(height, round(frames.shape[1] * scale)),
         max(width, round(frames.shape[2] * scale)),
     )
+    return centre(stretch(frames, rows, columns), height, width)
+
+
+def stretch(frames: Tensor, height: int, width: int) -> Tensor:
+    """Scale frames [T, H, W, 3] to [T, height, width, 3], whatever that does to their shape."""
     pixels = frames.permute(0, 3, 1, 2).float()
-    pixels = F.interpolate(pixels, (rows, columns), mode="bilinear", antialias=True)
-    frames = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return centre(frames, height, width)
+    pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def centre(frames: Tensor, height: int, width: int) -> Tensor:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from kandinsky_model.attention import DenseAttention, NablaAttention, VisualAttention
-from kandinsky_model.clip import fit, read_image, rgb
+from kandinsky_model.clip import fit, read_image, rgb, stretch
 from kandinsky_model.magcache import Schedule, skip_schedule
 from kandinsky_model.presets import FPS, FRAMES_PER_LATENT, PIXELS_PER_LATENT, WINDOW, Preset, Size
 from kandinsky_model.text import CONTENT, NEGATIVE_PROMPTS
@@ -33,7 +33,8 @@ class Request:
         prompt: What to show.
         image: The first frame of image to video, the source of image to image: a file, an image of
             PIL, or uint8 [H, W, 3]. It is scaled to cover the size, and its centre is cut out.
-        size: (height, width) in pixels, multiples of 16. None with an image keeps its shape.
+        size: (height, width) in pixels, multiples of 16. None with an image takes what is nearest
+            to its shape: of a first frame, all of it is scaled to that, as upstream does.
         seconds: Length of the video.
         num_steps: Euler steps.
         guidance_scale: 1 calls the model once per step, any other scale twice.
@@ -81,13 +82,16 @@ class Request:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be from 0 to 2^63 - 1")
+        if image is not None:
+            keeps_all = preset.is_video and self.size is None
+            image = (stretch if keeps_all else fit)(image[None], height, width)[0]
         content = CONTENT[preset.task]
         negative = self.negative_prompt
         return Job(
             preset=preset,
             prompt=self.prompt,
             negative_prompt=NEGATIVE_PROMPTS[content] if negative is None else negative,
-            image=None if image is None else fit(image[None], height, width)[0],
+            image=image,
             latent_shape=(
                 self._latent_frames(preset),
                 height // PIXELS_PER_LATENT,

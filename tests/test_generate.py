@@ -7,21 +7,26 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kandinsky_model import DenseAttention, NablaAttention, generate, presets
+from kandinsky_model import CrossDiT, DenseAttention, NablaAttention, generate, presets, state
 from kandinsky_model.pipeline import Pipeline
 from kandinsky_model.request import Request
 from kandinsky_model.text import TextEncoder
+from kandinsky_model.vae import VAE
 from nabla.cli import main
 
 ROWS = {
@@ -248,6 +253,52 @@ def test_an_interrupted_run_resumed_writes_the_same_file(nabla, weights, tmp_pat
     assert status == 0 and "goes on with cat.mp4.state.safetensors" in printed
     assert Path("cat.mp4").read_bytes() == Path("whole.mp4").read_bytes()
     assert sorted(os.listdir()) == ["cat.mp4", "ratios.json", "whole.mp4"]
+
+
+def raising(function, call):
+    """`function`, but its call of this number is interrupted."""
+    calls = count(1)
+
+    def wrapped(*args, **options):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+
+    return wrapped
+
+
+PHASES = {
+    "text": (TextEncoder, "_pooled", 2, None),
+    "image": (VAE, "encode", 1, None),
+    "a step": (CrossDiT, "forward", 4, 1),
+    "a state": (state, "save_file", 3, 1),
+    "decoding": (VAE, "decode", 1, 4),
+    "writing": (av.VideoFrame, "from_ndarray", 3, 4),
+}
+
+
+@pytest.mark.parametrize(("place", "name", "call", "done"), PHASES.values(), ids=PHASES)
+def test_an_interruption_in_any_phase(nabla, tmp_path, monkeypatch, place, name, call, done):
+    """Behind `done` steps: the same command goes on with them, to the same file."""
+    options = ["--seconds", "0.5", "--image", image_file(tmp_path / "in.png")]
+    run = partial(nabla, *options, task="image-to-video")
+    assert run("--out", "whole.mp4")[0] == 0
+    with monkeypatch.context() as patch:
+        if place is av.VideoFrame:  # which takes no other attributes
+            from_ndarray = raising(place.from_ndarray, call)
+            patch.setattr(av, "VideoFrame", SimpleNamespace(from_ndarray=from_ndarray))
+        else:
+            patch.setattr(place, name, raising(getattr(place, name), call))
+        status, printed = run("--out", "cat.mp4")
+    assert status == generate.INTERRUPTED and "interrupted" in printed
+    kept = "cat.mp4.state.safetensors"
+    assert sorted(os.listdir()) == sorted(["in.png", "whole.mp4", *([kept] if done else [])])
+    if done:
+        with safe_open(kept, framework="pt") as file:
+            assert file.metadata()["step"] == str(done)
+    assert ("nothing is kept" in printed) == (not done)
+    assert run("--out", "cat.mp4")[0] == 0
+    assert Path("cat.mp4").read_bytes() == Path("whole.mp4").read_bytes()
 
 
 @pytest.mark.parametrize("file", ["model", "vae", "lora.safetensors"])
@@ -513,6 +564,22 @@ def test_a_first_frame_keeps_its_shape(shape):
     assert job.image.shape == (height, width, 3) and height % 16 == width % 16 == 0
     assert abs(height * width / (512 * 768) - 1) < 0.06
     assert abs(height / width * shape[1] / shape[0] - 1) < 0.06
+
+
+def test_all_of_a_first_frame_is_there():
+    """Upstream scales it to the nearest size, and cuts nothing off, unless a size is asked for."""
+    image = torch.full((500, 333, 3), 128, dtype=torch.uint8)
+    image[:6], image[-6:], image[:, :4], image[:, -4:] = 0, 0, 255, 255
+    row = presets.PRESETS["image-video-lite-5s"]
+    whole = Request("a", image=image).resolve(row).image
+    assert whole.shape == (768, 512, 3)
+    assert whole[0, 256, 0] == whole[-1, 256, 0] == 0
+    assert whole[384, 0, 0] == whole[384, -1, 0] == 255
+    pixels = image.permute(2, 0, 1)[None].float()
+    pixels = F.interpolate(pixels, (768, 512), mode="bilinear", antialias=True)
+    assert torch.equal(whole, pixels[0].permute(1, 2, 0).round().byte())
+    cut = Request("a", image=image, size=(512, 512)).resolve(row).image
+    assert cut[0, 256, 0] == cut[-1, 256, 0] == 128 and cut[256, 0, 0] == 255
 
 
 def test_an_edit_takes_the_published_size_nearest_in_shape():

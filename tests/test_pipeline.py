@@ -23,6 +23,7 @@ from kandinsky_model import NablaAttention
 from kandinsky_model.magcache import RatioMeter
 from kandinsky_model.pipeline import Part, Pipeline, normalize_first_frames
 from kandinsky_model.request import Request
+from kandinsky_model.sampler import timesteps
 from kandinsky_model.text import IMAGE_TOKEN
 
 PIPELINES = {
@@ -43,6 +44,19 @@ class UpstreamTimes(FlowMatchEulerDiscreteScheduler):
     def set_timesteps(self, num_inference_steps, device=None):
         sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
         super().set_timesteps(sigmas=sigmas, device=device)
+
+
+def upstream_normalized(latents):
+    """The first 4 frames, each brought nearer to the 5 behind them, as upstream writes it."""
+    normalized = latents.clone().numpy()
+    for video in normalized:
+        reference_frames = video[4:9]
+        for frame in video[:4] if len(video) > 4 else ():
+            mean, std = frame.mean(), frame.std(ddof=1)
+            to_mean = np.clip(reference_frames.mean(), mean - 0.05, mean + 0.1)
+            to_std = np.clip(reference_frames.std(ddof=1), std - 0.1, std + 0.25)
+            frame[:] = (frame - mean) / std * to_std + to_mean
+    return torch.from_numpy(normalized)
 
 
 class Processor:
@@ -159,9 +173,6 @@ def test_equals_diffusers(task, sparse, changes, encoder, monkeypatch):
         monkeypatch.setattr("kandinsky_model.text.fit", resized_by_pillow)
     seconds = SECONDS if row.is_video else None
     request = Request(PROMPT, image=image, seconds=seconds, seed=7, attention=attention)
-    # diffusers takes the statistics of the first 4 frames together where upstream takes those of
-    # each: they are compared before, and `normalize_first_frames` has a test of its own.
-    monkeypatch.setattr("kandinsky_model.pipeline.normalize_first_frames", lambda x: x)
     actual = ours(row, encoder).latents(request, progress=False)
 
     pipeline = theirs(row, encoder)
@@ -184,7 +195,7 @@ def test_equals_diffusers(task, sparse, changes, encoder, monkeypatch):
         monkeypatch.setattr(reference, "dispatch_attention_fn", masked_sdpa)
         assert 0.2 < torch.cat(attention.masks).float().mean() < 0.9, "neither dense nor empty"
     if task == "image-to-video":
-        pipeline.normalize_first_frame = lambda x: x
+        pipeline.normalize_first_frame = upstream_normalized
     expected = pipeline(
         prompt=PROMPT, height=row.size[0], width=row.size[1], num_inference_steps=row.num_steps,
         guidance_scale=row.guidance_scale, generator=torch.Generator().manual_seed(7),
@@ -199,19 +210,30 @@ def test_first_frames_are_normalized_as_upstream_does():
     latents = torch.randn(2, 11, 6, 8, 4, dtype=torch.float64)
     latents[:, 0] = 3 * latents[:, 0] + 2  # far off: the bounds hold it
     latents[:, 1] = 1.05 * latents[:, 1] + 0.02
-    expected = latents.clone().numpy()
-    for video in expected:
-        reference_frames = video[4:9]
-        for frame in video[:4]:
-            mean, std = frame.mean(), frame.std(ddof=1)
-            to_mean = np.clip(reference_frames.mean(), mean - 0.05, mean + 0.1)
-            to_std = np.clip(reference_frames.std(ddof=1), std - 0.1, std + 0.25)
-            frame[:] = (frame - mean) / std * to_std + to_mean
     actual = normalize_first_frames(latents)
-    torch.testing.assert_close(actual, torch.from_numpy(expected))
+    torch.testing.assert_close(actual, upstream_normalized(latents))
     assert not torch.allclose(actual[:, :4], latents[:, :4])
     for frames in (1, 4):  # nothing to compare with
         assert torch.equal(normalize_first_frames(latents[:, :frames]), latents[:, :frames])
+
+
+def test_what_the_pipelines_of_diffusers_do_otherwise(encoder):
+    """Why `theirs` gets other times, and another normalization of the first frames."""
+    ours, default = timesteps(50, shift=5.0), FlowMatchEulerDiscreteScheduler(shift=5.0)
+    default.set_timesteps(50)
+    upstream = UpstreamTimes(shift=5.0)
+    upstream.set_timesteps(50)
+    torch.testing.assert_close(upstream.sigmas, ours)
+    assert default.sigmas[-2] < ours[-2] / 3, "the last step is shorter"
+    latents = torch.randn(1, 11, 6, 8, 4)
+    latents[:, 0] += 1.0
+    together = theirs(tiny.preset("image-to-video"), encoder).normalize_first_frame(latents)
+    assert not torch.allclose(together, normalize_first_frames(latents), atol=0.1)
+    mean, std = latents[:, :4].mean(), latents[:, :4].std()
+    to_mean = latents[:, 4:9].mean().clamp(mean - 0.05, mean + 0.1)
+    to_std = latents[:, 4:9].std().clamp(std - 0.1, std + 0.25)
+    expected = (latents[:, :4] - mean) / std * to_std + to_mean
+    torch.testing.assert_close(together[:, :4], expected)
 
 
 def test_the_first_frame_is_the_image(encoder):
