@@ -59,9 +59,14 @@ def check_top_p(
             )
         for value in top_p:
             _check_probability(value)
-        return torch.tensor(top_p, dtype=torch.float32, device=device)
+        # Filled on the device: a copy from the host would synchronise, and no graph captures it.
+        return torch.stack([_filled(value, (), device) for value in top_p])
     _check_probability(top_p)
-    return torch.full((num_heads,), top_p, dtype=torch.float32, device=device)
+    return _filled(top_p, (num_heads,), device)
+
+
+def _filled(value: float, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.full(shape, value, dtype=torch.float32, device=device)
 
 
 def _check_probability(top_p: float) -> None:

@@ -11,10 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import nabla
 from benchmarks.sass import resource_usage
 from nabla import TokenGrid, dispatch
 from nabla.triton import block_attention, block_mask, scores
@@ -237,6 +239,35 @@ def test_scores(compiled, check):
 def test_selection_multiplies_exactly(compiled, architecture):
     select(1024)
     assert "mma" not in compiled["logits_kernel"].asm["ptx"]
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what waits for a device: to read a value from it, or to copy one to it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero"), name
+        result = function(*args, **kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        assert {x.device.type for x in tensors} == {"meta"}, name
+        return result
+
+
+@pytest.mark.parametrize("architecture", [90], indirect=True, ids=lambda chip: f"sm_{chip}")
+def test_nothing_waits_for_the_device(compiled, architecture, monkeypatch):
+    """Neither the stages as they are composed, nor what launches their kernels."""
+    monkeypatch.delattr(torch, "tensor")  # it copies, and no mode sees that
+    q, k, v = (
+        torch.empty(2, h, RAGGED.num_tokens, 64, device="meta", requires_grad=True)
+        for h in (4, 2, 2)
+    )
+    with NoHost():
+        for top_p in (0.5, (0.3, 0.5, 0.7, 0.9)):
+            options = {"grid": RAGGED, "top_p": top_p, "window": (1, 3, 1), "enable_gqa": True}
+            nabla.attention(q, k, v, **options).sum().backward()
+        attend(RAGGED, torch.bfloat16, 64)
+        select(100)
+    assert set(KERNELS.values()) | {"select_kernel", "block_mean_kernel"} <= compiled.keys()
 
 
 class PeakMemory(TorchDispatchMode):
