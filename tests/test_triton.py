@@ -8,6 +8,7 @@ What is true of every backend is told by its tests: some run here, with this mod
 import pytest
 import test_block_attention
 import test_block_mask
+import test_ops
 import test_scores
 import torch
 from oracle import assert_selects, block_runs, pooled_scores, window_mask
@@ -33,6 +34,7 @@ SHARED = (
     test_block_mask.test_top_p_one_keeps_blocks_of_no_mass,
     test_block_mask.test_uniform_scores_keep_exactly_the_share,
     test_block_mask.test_what_is_not_finite_is_kept_and_changes_nothing_else,
+    test_ops.test_fakes_match_strides_and_dtypes,
     test_scores.test_block_mean_of_a_slice,
     test_scores.test_scores_do_not_depend_on_low_precision_modes,
     test_scores.test_what_is_not_finite_is_marked,
@@ -80,7 +82,14 @@ ATTENTION = {
         2,
         {},
     ),
-    "bfloat16, ragged, grouped": (TokenGrid(2, 9, 8), torch.bfloat16, (4, 2), 48, 1, {}),
+    "bfloat16, ragged, grouped, empty rows": (
+        TokenGrid(2, 9, 8),
+        torch.bfloat16,
+        (4, 2),
+        48,
+        1,
+        {"empty": True},
+    ),
     "float16, ragged, batch": (TokenGrid(1, 8, 17), torch.float16, (1, 1), 64, 2, {}),
     "blocks of 32, empty rows": (
         TokenGrid(3, 5, 6, block=(2, 4, 4)),
@@ -334,14 +343,15 @@ def test_ties_are_kept_lowest_index_first(backend, top_p):
 @pytest.mark.parametrize(
     "grid", [TokenGrid(2, 9, 10), TokenGrid(1, 5, 7, block=(1, 4, 4))], ids=str
 )
-def test_the_public_function(backend, grid):
+def test_the_public_function(backend, run, grid):
     """nabla.attention, raster order, forward and backward, against the reference backend."""
     shape = (1, 2, grid.num_tokens, 32)
     q, k, v, dout = (torch.randn(shape) for _ in range(4))
     results = []
     for name in (backend, "reference"):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = nabla.attention(*inputs, grid=grid, top_p=0.7, window=(1, 3, 1), backend=name)
+        options = {"grid": grid, "top_p": 0.7, "window": (1, 3, 1), "backend": name}
+        out = run(nabla.attention, *inputs, **options)
         results.append((out.detach(), *torch.autograd.grad(out, inputs, dout)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)

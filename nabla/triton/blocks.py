@@ -173,7 +173,9 @@ def load_tile(
 ):
     """Return tokens from `first` on: [TILE, D padded to a power of 2].
 
-    Past `size`, where other blocks may hold NaN, it repeats the last token that there is.
+    Past `size`, where other blocks may hold NaN, it repeats the last token that there is: masks
+    would take registers that tiles of 128 channels do not have. If that token is infinite, rows
+    that attend to it get NaN, since its repetitions have probability 0.
     """
     row = tl.arange(0, TILE)
     if RAGGED:
@@ -198,9 +200,9 @@ def store_tile(x_ptr, stride, first, size, tile, TILE: tl.constexpr, D: tl.const
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
     """Return float32 values in another type, rounded to nearest."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter of Triton 3.9 truncates
+    if INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter truncates, and to no zero
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True)
+        x = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
