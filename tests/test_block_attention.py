@@ -1,5 +1,7 @@
 """Attention over the kept blocks against dense float64 attention with the same mask."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from oracle import assert_as_accurate_as, attention, block_runs, token_mask
 from test_grid import grids
 from test_scores import DTYPES
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nabla
 from nabla import BlockMask, TokenGrid
@@ -50,7 +53,9 @@ def check(q, k, v, dout, keep, grid, backend, q_block_offset=0, dlse=None, run=N
         return attention(q, k, v, dense, 0.2)
 
     def sdpa(q, k, v):
-        out = F.scaled_dot_product_attention(q, k, v, dense, scale=0.2, enable_gqa=True)
+        # On CUDA, fused kernels differ in what they give for rows of nothing, some give NaN.
+        with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, dense, scale=0.2, enable_gqa=True)
         return out, oracle(q, k, v)[1]
 
     actual = gradients(ours, q, k, v, dout, dlse)

@@ -96,12 +96,13 @@ def test_a_mask_takes_little_memory(kernels):
     assert torch.cuda.max_memory_allocated() - before - mask.bits.nbytes < 256e6
 
 
-def test_nothing_waits_for_the_device(kernels):
-    inputs = requiring_grad(*tensors())
-    expected = attend(*inputs, kernels)  # compiles
+@pytest.mark.parametrize("order", ["raster", "block"])
+def test_nothing_waits_for_the_device(kernels, order):
+    inputs, options = requiring_grad(*tensors()), {"top_p": (0.4, 0.7), "order": order}
+    expected = attend(*inputs, kernels, **options)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        actual = attend(*inputs, kernels)
+        actual = attend(*inputs, kernels, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for x, y in zip(actual, expected, strict=True):
@@ -110,18 +111,19 @@ def test_nothing_waits_for_the_device(kernels):
 
 def test_a_captured_graph_replays_with_another_mask(kernels):
     first, second = tensors(), tensors()
-    captured = requiring_grad(*first)
-    attend(*captured, kernels)  # compiles
+    captured, options = requiring_grad(*first), {"top_p": (0.4, 0.7)}
+    attend(*captured, kernels, **options)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = attend(*captured, kernels)
+        results = attend(*captured, kernels, **options)
     masks = []
     for replayed in (first, second):
         with torch.no_grad():
             for x, y in zip(captured, replayed, strict=True):
                 x.copy_(y)
         graph.replay()
-        for x, y in zip(results, attend(*requiring_grad(*replayed), kernels), strict=True):
+        expected = attend(*requiring_grad(*replayed), kernels, **options)
+        for x, y in zip(results, expected, strict=True):
             assert torch.equal(x, y)
         mask = nabla.create_block_mask(*replayed[:2], grid=GRID, top_p=0.6, backend=kernels)
         masks.append(mask.bits)
