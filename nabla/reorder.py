@@ -5,6 +5,7 @@
 
 Slabs, rows and columns of blocks come in two runs, the whole ones and the ragged rest, so at most
 eight reshapes (one, if nothing is ragged) move every token. Once per model forward, not per layer.
+It is torch.unflatten, since Tensor.unflatten does not compile where a default device is set.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def fractal_flatten(x: Tensor, grid: TokenGrid | Sequence[int], dim: int = -2) -
     if _in_block_order(grid):
         return x
     video = x.narrow(dim, 0, grid.num_grid_tokens)
-    video = video.unflatten(dim, (grid.frames, grid.height, grid.width))
+    video = torch.unflatten(video, dim, (grid.frames, grid.height, grid.width))
     slabs = []
     for slab, frames in _runs(video, dim, grid.frames, grid.block[0]):
         rows = []
@@ -45,7 +46,7 @@ def fractal_flatten(x: Tensor, grid: TokenGrid | Sequence[int], dim: int = -2) -
             cells = []
             for cell, width in _runs(row, dim + 2, grid.width, grid.block[2]):
                 for axis, extent in ((dim + 2, width), (dim + 1, height), (dim, frames)):
-                    cell = cell.unflatten(axis, (-1, extent))
+                    cell = torch.unflatten(cell, axis, (-1, extent))
                 cell = cell.movedim(
                     (dim + 2, dim + 4), (dim + 1, dim + 2)
                 )  # t f h y w x -> t h w f y x
@@ -76,13 +77,13 @@ def fractal_unflatten(x: Tensor, grid: TokenGrid | Sequence[int], dim: int = -2)
     video = x.narrow(dim, 0, grid.num_grid_tokens)
     slabs = []
     for slab, frames in _runs(video, dim, grid.frames, grid.block[0], grid.height * grid.width):
-        slab = slab.unflatten(dim, (-1, frames * grid.height * grid.width))
+        slab = torch.unflatten(slab, dim, (-1, frames * grid.height * grid.width))
         rows = []
         for row, height in _runs(slab, dim + 1, grid.height, grid.block[1], frames * grid.width):
-            row = row.unflatten(dim + 1, (-1, frames * height * grid.width))
+            row = torch.unflatten(row, dim + 1, (-1, frames * height * grid.width))
             cells = []
             for cell, width in _runs(row, dim + 2, grid.width, grid.block[2], frames * height):
-                cell = cell.unflatten(dim + 2, (-1, frames, height, width))
+                cell = torch.unflatten(cell, dim + 2, (-1, frames, height, width))
                 cell = cell.movedim(
                     (dim + 3, dim + 4), (dim + 1, dim + 3)
                 )  # t h w f y x -> t f h y w x
