@@ -391,12 +391,12 @@ void Cta::release(Thread& thread, Gathering& gathering) {
 }
 
 void Cta::acquire(Thread& thread, const KnowledgeRef& knowledge) {
-    thread.known = joiner_.join(thread.known, knowledge);
+    thread.known = warps[thread.warp].joiner.join(thread.known, knowledge);
 }
 
 void Cta::fence(Thread& thread) {
     thread.fenced = thread.now++;
-    thread.known = joiner_.fence(thread.known);
+    thread.known = warps[thread.warp].joiner.fence(thread.known);
 }
 
 std::string Cta::describe(uint32_t agent) const {

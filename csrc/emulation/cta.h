@@ -244,6 +244,7 @@ struct Warp {
     uint32_t collective_site = 0;
     void* arguments[32] = {};
 
+    Joiner joiner;  // its lanes mostly learn the same
     int registers = 0;
     uint32_t wgmma_first = 0;  // number of wgmmas.front()
     std::vector<Wgmma> wgmmas;
@@ -386,7 +387,6 @@ class Cta {
     std::string place(const Thread* thread, uint32_t site) const;
     static void enter_thread();
 
-    Joiner joiner_;
     Context scheduler_;
     std::vector<uint8_t> shared_storage_;
     uint32_t alive_ = 0;
