@@ -208,8 +208,7 @@ void Cta::issue_wgmma(Thread& thread, const Wgmma& proto, float* d, const uint32
 void Cta::check_operands(uint32_t warp, Wgmma& op) {
     const WgmmaObserver observer(op, warp, wgmma_agent(warp));
     const Access access{{op.group, static_cast<uint16_t>(wgmma_agent(warp)), kAsync}, op.site};
-    const auto check = [&](const char* name, uint64_t descriptor, bool transpose, int first_row,
-                           int rows) {
+    const auto check = [&](const char* name, uint64_t descriptor, bool transpose, int rows) {
         const Matrix matrix(descriptor, transpose);
         const auto wrong = [&](const std::string& what) {
             fail(std::string("wrong descriptor of ") + name + ": " + what, op.site);
@@ -223,7 +222,7 @@ void Cta::check_operands(uint32_t warp, Wgmma& op) {
         if (matrix.stride_bytes % 1024 || (transpose && matrix.leading_bytes % 1024))
             wrong("its groups of 8 rows are not at multiples of 1024");
         Shadow::Memo memo;
-        matrix.for_each_chunk(first_row, rows, [&](int, int, uint32_t address) {
+        matrix.for_each_chunk(0, rows, [&](int, int, uint32_t address) {
             if (address < kSharedBase || address - kSharedBase + 16 > shared_bytes)
                 wrong("it reaches byte " + std::to_string(int64_t{address} - int64_t{kSharedBase}) +
                       " of " + std::to_string(shared_bytes) + " of shared memory");
@@ -231,9 +230,9 @@ void Cta::check_operands(uint32_t warp, Wgmma& op) {
                             op.site);
         });
     };
-    if (!op.a_in_registers)
-        check("a", op.a_descriptor, op.transpose_a, kRows * static_cast<int>(warp % 4), kRows);
-    check("b", op.b_descriptor, op.transpose_b, 0, op.n);
+    // Nothing says which rows of a are read for which warp: all are.
+    if (!op.a_in_registers) check("a", op.a_descriptor, op.transpose_a, 4 * kRows);
+    check("b", op.b_descriptor, op.transpose_b, op.n);
 }
 
 namespace {
