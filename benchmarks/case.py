@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -50,15 +51,17 @@ class Contest:
 
 
 class Pace(NamedTuple):
-    """How fast a machine is now.
+    """How fast a machine is now, and what it has measured before.
 
     Args:
         rates: FLOPs per second of dense attention by dtype, as measured.
         busy: How many times longer than alone all else takes.
+        tokens: By workload and stage, those of a run to compare with.
     """
 
     rates: dict[torch.dtype, float]
     busy: float
+    tokens: Mapping[tuple[str, str], int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

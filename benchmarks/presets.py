@@ -28,7 +28,7 @@ from benchmarks import (
     scores,
     train,
 )
-from benchmarks.case import MaskSpec, Pace, Shape, Step
+from benchmarks.case import ROUNDS_AT_LEAST, MaskSpec, Pace, Shape, Step
 from benchmarks.masks import CORRELATIONS
 from benchmarks.peers.peer import Peer
 from benchmarks.workloads import BY_NAME, WORKLOADS, Workload, sequence
@@ -40,6 +40,7 @@ TABLE_HEADS = 1  # E hardly depends on it, and five minutes are short
 CPU_TOKENS = tuple(2**n for n in range(12, 17))
 GPU_TOKENS = (16384, 32768, 65536, 131072, 250880)
 CAPTURED_FRAMES = 32
+SORT_SECONDS = 1.2e-7  # that sorting takes for each pair of blocks on a CPU, about
 MASK_HEADS = 4  # of a workload on a CPU: sorting takes a second a head
 FEW_HEADS = 2
 FEWEST_FRAMES = 2
@@ -217,7 +218,7 @@ def _whole(workload: Workload, device: torch.device, peers: list[Peer]) -> list[
 def _reduced(
     workload: Workload, device: torch.device, peers: list[Peer], pace: Pace, left: float
 ) -> list[Step]:
-    """The same with as many frames as fit into the time; never fewer than two."""
+    """The same with as many frames as fit into the time, or as a run had that is compared with."""
     dtype = torch.bfloat16
     of_mask = Shape(workload.reduced(heads=MASK_HEADS), workload, dtype, device)
     fewer = [MaskSpec("nabla-like", density, 0.5) for density in workload.densities]
@@ -233,8 +234,7 @@ def _reduced(
             forward,
             *_functional_steps(shape, peers),
             backward,
-            *_block_steps(wide, fewer[:1] + fewer[-1:]),
-            _captured_step(_shape(generate.tiny(CAPTURED_FRAMES, 1), torch.float32, device), peers),
+            *_block_steps(wide, fewer[-1:]),
             _memory_step([shape], None),
         ]
 
@@ -242,10 +242,15 @@ def _reduced(
         steps = plan(frames, frames_of_block)
         return sum(step.least_seconds(pace) for step in steps) <= left
 
-    most = workload.extents[0]
+    most, per_frame = workload.extents[0], workload.extents[1] * workload.extents[2]
     frames_of_block = next((n for n in (4, 3, 2) if fits(FEWEST_FRAMES, n)), 1)
     frames = max((n for n in range(2, most + 1) if fits(n, frames_of_block)), default=FEWEST_FRAMES)
-    return plan(frames, frames_of_block)
+    return plan(
+        *(
+            pace.tokens.get((workload.name, stage), per_frame * found) // per_frame
+            for stage, found in ((train.STAGE, frames), (block.STAGE, frames_of_block))
+        )
+    )
 
 
 def _shape(workload: Workload, dtype: torch.dtype, device: torch.device) -> Shape:
@@ -262,12 +267,12 @@ def _race(stage: str, shape: Shape, flops: float, make: Callable, seconds: float
 
 
 def _mask_step(shape: Shape, peers: list[Peer]) -> Step:
-    sorts = sum(peer.role == "mask" for peer in peers)
     entries = shape.workload.heads * shape.workload.grid.num_blocks**2
-    seconds = (1 + 0.6 * sorts * 4) * entries * 1.2e-7 if shape.device.type == "cpu" else 1.0
-    return _race(
-        block_mask.STAGE, shape, 0.0, lambda: block_mask.contest(shape, peers), 0.2 + seconds
-    )
+    sorts = any(peer.role == "mask" for peer in peers)
+    seconds = 1.0
+    if shape.device.type == "cpu":
+        seconds += ROUNDS_AT_LEAST * entries * (SORT_SECONDS if sorts else SORT_SECONDS / 20)
+    return _race(block_mask.STAGE, shape, 0.0, lambda: block_mask.contest(shape, peers), seconds)
 
 
 def _stage_steps(shape: Shape, peers: list[Peer]) -> list[Step]:

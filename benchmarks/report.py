@@ -157,7 +157,7 @@ def changes(found: Sequence[Change], before: Run) -> list[Table]:
         for c in sorted(found, key=lambda c: -c.factor)
     ]
     title = f"time relative to the reference, now over {before.about['date'][:16]}"
-    return [Table(title, ("case", "mask", "factor (95 %)", ""), cells)]
+    return [Table(title, ("case", "mask", "factor (range)", ""), cells)]
 
 
 def limits_line(limits: Limits, rates) -> str:

@@ -16,7 +16,9 @@ from benchmarks.timing import Ratio, Seconds
 
 OURS = "nabla"
 MASK_PART = "mask"  # of a stage that is not mask building: our mask, timed in the same rounds
-MARGIN = 0.10  # a change below this is none: two runs of the same code differ by as much
+MARGIN = 0.08  # a change below this is none: two runs of the same code differ by as much
+WIDER = 1.5  # than 95 %: of many cases, none may be called slower by chance
+BUSY = 1.5  # processes a core, above which times are those of a shared machine
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Row:
         bytes: Inputs and outputs, each moved once.
         seconds: Median, p20 and p80.
         relative: Time over that of `reference` in the same round, with its interval.
+        relative_cpu: The same of CPU time, which other processes hardly change.
         dense: `relative` of the fastest dense attention beside it: the reference, or faster.
         error, allowed: The largest error relative to the largest value, and its limit.
         reduced: What of the workload is left out.
@@ -63,6 +66,7 @@ class Row:
     rounds: int = 0
     reference: str = ""
     relative: Ratio | None = None
+    relative_cpu: Ratio | None = None
     dense: float = 1.0
     error: float | None = None
     allowed: float | None = None
@@ -132,6 +136,7 @@ class Row:
             row,
             seconds=Seconds(**values["seconds"]) if "seconds" in values else None,
             relative=Ratio(**values["relative"]) if "relative" in values else None,
+            relative_cpu=Ratio(**values["relative_cpu"]) if "relative_cpu" in values else None,
         )
 
 
@@ -147,6 +152,11 @@ class Run:
     def head(self) -> dict:
         """The first line of a file."""
         return {"preset": self.preset, "about": self.about, "limits": self.limits._asdict()}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether other processes had the machine as well."""
+        return self.about["load"] > BUSY * self.about["cores"]
 
     def write(self, path: Path) -> None:
         """Write a line for the run and one for each row."""
@@ -207,8 +217,15 @@ class Change:
         return self.factor > 1 + MARGIN
 
 
-def compare(before: Sequence[Row], now: Sequence[Row]) -> list[Change]:
-    """Compare our cases that both runs measured, relative to the reference timed beside them."""
+def compare(before: Sequence[Row], now: Sequence[Row], *, is_busy: bool = False) -> list[Change]:
+    """Compare our cases that both runs measured, relative to the reference timed beside them.
+
+    Args:
+        before: The rows of a run.
+        now: Those of another.
+        is_busy: Whether other processes had the machine as well. Then CPU time has to agree: of the
+            two changes the one that is surer to be none counts.
+    """
     old = {row.key: row for row in before if row.relative is not None}
     changes = []
     for row in now:
@@ -217,11 +234,18 @@ def compare(before: Sequence[Row], now: Sequence[Row]) -> list[Change]:
             continue
         if row.reference != found.reference:
             continue
-        assert found.relative is not None
-        factor = row.relative.median / found.relative.median
-        width = math.hypot(row.relative.half_width, found.relative.half_width)
-        changes.append(Change(row, factor, factor * math.exp(-width), factor * math.exp(width)))
+        pairs = [(found.relative, row.relative)]
+        if is_busy:
+            pairs.append((found.relative_cpu, row.relative_cpu))
+        possible = [_change(row, a, b) for a, b in pairs if a is not None and b is not None]
+        changes.append(min(possible, key=lambda change: change.low))
     return changes
+
+
+def _change(row: Row, before: Ratio, now: Ratio) -> Change:
+    factor = now.median / before.median
+    width = WIDER * math.hypot(now.half_width, before.half_width)
+    return Change(row, factor, factor * math.exp(-width), factor * math.exp(width))
 
 
 def differences(before: Run, now: Run) -> list[str]:

@@ -25,14 +25,14 @@ from benchmarks.case import Case, Contest, Pace, Step
 from benchmarks.machine import describe, facts, measure_limits, seconds_of
 from benchmarks.peers import NAMES, chosen
 from benchmarks.peers.peer import Peer
-from benchmarks.results import MASK_PART, OURS, Change, Row, Run
+from benchmarks.results import BUSY, MASK_PART, OURS, Change, Row, Run
 from benchmarks.timing import LEAST_ROUNDS, MOST_ROUNDS, contest, graphed
 
 OUT = Path("out/bench")
 YARDSTICKS = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sorting")  # speed-ups are over these
 FURTHER_SAMPLES = 4  # of an output that is a little too far off by the first
-BUSY = 1.5  # processes a core, above which results are those of a shared machine
 OVERHEAD = 12.0  # seconds for everything that is no step: measuring the machine, the report
+MOST_OVERHEAD = 4.0  # times that, on a busy machine
 SAFETY = 1.3  # a machine may slow down after the estimate
 
 
@@ -55,17 +55,21 @@ class Suite:
         self.only: set[tuple] | None = None
         self.step_of: dict[tuple, Step] = {}
 
-    def run(self, steps: Sequence[Step], least: Sequence[float], stop: float) -> None:
-        """Measure; a step gets its share of the time that is left, and nothing begins after it.
+    def run(
+        self, steps: Sequence[Step], least: Sequence[float], *, aim: float, stop: float
+    ) -> None:
+        """Measure; a step gets its share of the time that is left until `aim`.
 
         Args:
             steps: What to measure.
             least: The seconds that each takes at least.
-            stop: When by time.monotonic() nothing begins any more.
+            aim: When by time.monotonic() there are no more rounds than there have to be.
+            stop: When nothing begins any more.
         """
         self.stop = stop
         for index, step in enumerate(steps):
-            if (left := stop - time.monotonic()) <= 0:
+            left = aim - time.monotonic()
+            if time.monotonic() > stop:
                 self._skip(Row(step.stage, step.workload))
                 self.say(self.rows[-1:])
             else:
@@ -137,6 +141,7 @@ class Suite:
                     seconds=timing.seconds,
                     rounds=timing.rounds,
                     relative=timing.relative,
+                    relative_cpu=timing.relative_cpu,
                     reference=checked[0][0].row.implementation,
                     dense=fastest,
                     error=accuracy.error,
@@ -211,23 +216,28 @@ def bench(
     for peer in others:
         say(f"peer {peer.name}: {peer.absent(where) or 'used'}")
     budget = definition.seconds[where.type] if seconds is None else seconds
-    pace = Pace(rates, busyness())
-    overhead = OVERHEAD * pace.busy
+    earlier = [] if before is None else before.rows
+    pace = Pace(rates, busyness(), {(row.workload, row.stage): row.tokens for row in earlier})
+    overhead = OVERHEAD * min(pace.busy, MOST_OVERHEAD)
     steps = definition.steps(where, others, pace, (budget - overhead) / SAFETY)
     least = [step.least_seconds(pace) for step in steps]
-    estimate = budget if seconds is not None else max(budget, SAFETY * sum(least) + overhead)
+    aim = estimate = budget
+    if seconds is None:
+        aim = max(budget, sum(least) + overhead)
+        estimate = max(budget, SAFETY * sum(least) + overhead)
     if pace.busy > BUSY:
         say(
             f"this machine is busy ({pace.busy:.0f} processes for each core): expect noise, and "
             "ratios that favour short cases"
         )
-    say(f"estimate: at most {estimate:.0f} s for {len(steps)} steps")
+    say(f"estimate: {aim:.0f} s, at most {estimate:.0f} s, for {len(steps)} steps")
 
     suite = Suite(where, others, lambda rows: say(report.table(rows, limits)))
     suite.rows += [
         Row("peer", "", peer.name, "absent", why) for peer in others if (why := peer.absent(where))
     ]
-    suite.run(steps, least, began + estimate - overhead / 2)
+    end = began - overhead / 2  # the report takes the other half
+    suite.run(steps, least, aim=end + aim, stop=end + estimate)
     suite.rows += generate.extrapolate(suite.rows)
     run = Run(preset, about, limits, list(suite.rows))
     say(report.summary(run))
@@ -237,7 +247,7 @@ def bench(
     if json is not None:
         run.write(json)
         say(f"wrote {json}")
-    say(f"took {time.monotonic() - began:.0f} s of the {estimate:.0f} s estimated")
+    say(f"took {time.monotonic() - began:.0f} s of at most {estimate:.0f} s")
     slower = [] if before is None else compared(before, run, suite, say)
     return 1 if suite.failures or slower else 0
 
@@ -246,7 +256,10 @@ def compared(before: Run, now: Run, suite: Suite, say: Callable[[object], None])
     """Return the cases that are slower than before, measured once more with more rounds."""
     for difference in results.differences(before, now):
         say(f"another machine or version, so more than our code is compared: {difference}")
-    changes = results.compare(before.rows, now.rows)
+    is_busy = before.is_busy or now.is_busy
+    if is_busy:
+        say("one of the runs had a busy machine: what is slower has to be so in CPU time as well")
+    changes = results.compare(before.rows, now.rows, is_busy=is_busy)
     if not changes:
         raise ValueError(
             f"no case of {now.preset} is in the results to compare with, which are of "
@@ -255,7 +268,8 @@ def compared(before: Run, now: Run, suite: Suite, say: Callable[[object], None])
     suspects = {change.row.key for change in changes if change.is_suspect}
     if suspects:
         say(f"{len(suspects)} of {len(changes)} cases look slower; measuring them once more")
-        second = {c.row.key: c for c in results.compare(before.rows, suite.again(suspects))}
+        again = suite.again(suspects)
+        second = {c.row.key: c for c in results.compare(before.rows, again, is_busy=is_busy)}
         changes = [second.get(change.row.key, change) for change in changes]
     say(report.changes(changes, before))
     return [change for change in changes if change.is_slower]

@@ -3,9 +3,10 @@
     relative = time of a case / time of the reference in the same round
 
 What else the machine does meets a round as a whole, so ratios within a round are steadier than
-times. A ratio is reported as the median over the rounds with an interval that holds the true median
-with 95 % confidence, whatever the distribution: order statistics of the rounds, and with fewer than
-six the smallest and the largest.
+times. A ratio is reported as the median over the rounds with an interval that holds the true one
+with 95 % confidence: order statistics, whatever the distribution; with fewer than six rounds
+Student's, of the logarithms. On a CPU the ratio of CPU times is kept beside that of times, as the
+one that other processes hardly change.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import torch
 L2_BYTES = 256 << 20  # more than any GPU has
 LEAST_ROUNDS, MOST_ROUNDS = 3, 31
 REPLAYS = 3
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # its 97.5 % quantiles, by rounds
 SHORTEST = 0.03  # seconds for which a short case is repeated in a round on a CPU
-PRECISE = 0.02  # half width of the interval of a ratio at which a case needs no further rounds
+PRECISE = 0.03  # half width of the interval of a ratio at which a case needs no further rounds
 
 Cases = dict[Hashable, Callable[[], object]]
 
@@ -58,6 +60,7 @@ class Timing(NamedTuple):
 
     seconds: Seconds
     relative: Ratio
+    relative_cpu: Ratio
     rounds: int
 
 
@@ -92,6 +95,7 @@ def contest(
     replays = {name: graphed(cases[name]) for name in graphs}
     spans: dict[Hashable, list[float]] = {name: [] for name in cases}
     ratios: dict[Hashable, list[float]] = {name: [] for name in cases}
+    of_cpu: dict[Hashable, list[float]] = {name: [] for name in cases}
     unsettled = [name for name in cases if name != reference]
     began, done = time.monotonic(), 0
     while time.monotonic() < stop and (
@@ -99,19 +103,30 @@ def contest(
     ):
         order = unsettled if done % 2 else unsettled[::-1]  # a drift is no advantage
         half = len(order) // 2
+        taken = {}
         for name in (*order[:half], reference, *order[half:]):
             replay = replays.get(name)
-            spans[name].append(clock(cases[name]) if replay is None else _graph_seconds(replay))
+            taken[name] = clock(cases[name]) if replay is None else _graph_seconds(replay)
+            spans[name].append(taken[name][0])
         for name in unsettled:
-            ratios[name].append(spans[name][-1] / spans[reference][-1])
+            ratio, ratio_of_cpu = (
+                a / b for a, b in zip(taken[name], taken[reference], strict=True)
+            )
+            ratios[name].append(ratio)
+            of_cpu[name].append(ratio_of_cpu)
         done += 1
         if done >= least:
             unsettled = [name for name in unsettled if interval(ratios[name]).half_width > PRECISE]
     if done < LEAST_ROUNDS:
         return {}
-    ratios[reference] = [1.0] * len(spans[reference])
+    ratios[reference] = of_cpu[reference] = [1.0] * len(spans[reference])
     return {
-        name: Timing(summary(spans[name]), interval(ratios[name]), len(spans[name]))
+        name: Timing(
+            summary(spans[name]),
+            interval(ratios[name]),
+            interval(of_cpu[name]),
+            len(spans[name]),
+        )
         for name in cases
     }
 
@@ -127,6 +142,10 @@ def summary(values: Sequence[float]) -> Seconds:
 def interval(values: Sequence[float]) -> Ratio:
     """Return the median of a sample and the 95 % interval of the true one."""
     ordered, count = sorted(values), len(values)
+    if count in STUDENT:
+        width = STUDENT[count] * statistics.stdev(map(math.log, values)) / math.sqrt(count)
+        median = statistics.median(values)
+        return Ratio(median, median * math.exp(-width), median * math.exp(width))
     outside, tail = 0, 0.5**count  # the probability that the median is below the smallest value
     while outside < (count - 1) // 2:
         wider = tail + math.comb(count, outside + 1) * 0.5**count
@@ -197,18 +216,19 @@ def _fits(began: float, done: int, seconds: float) -> bool:
     return (time.monotonic() - began) * (done + 1) / done < seconds
 
 
-def _cpu_seconds(case: Callable[[], object]) -> float:
-    """Seconds of a case; of a short one the median of several, which a pause does not change."""
+def _cpu_seconds(case: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a case, and of CPU time; of a short one medians, which a pause does not change."""
     began, spans = time.perf_counter(), []
     while not spans or time.perf_counter() - began < SHORTEST:
-        start = time.perf_counter()
+        start, start_of_cpu = time.perf_counter(), time.process_time()
         case()
-        spans.append(time.perf_counter() - start)
-    return statistics.median(spans)
+        spans.append((time.perf_counter() - start, time.process_time() - start_of_cpu))
+    seconds, of_cpu = (statistics.median(values) for values in zip(*spans, strict=True))
+    return seconds, of_cpu or seconds
 
 
-def _cuda_seconds(case: Callable[[], object]) -> float:
-    """Seconds of a case on the device, with a cold L2 cache."""
+def _cuda_seconds(case: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a case on the device, with a cold L2 cache; twice, as none are of a CPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
     flushed.zero_()  # empties the cache, and gives the launches a head start
@@ -216,11 +236,12 @@ def _cuda_seconds(case: Callable[[], object]) -> float:
     case()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    seconds = start.elapsed_time(end) / 1e3
+    return seconds, seconds
 
 
-def _graph_seconds(replay: Callable[[], object]) -> float:
-    """Seconds of a CUDA graph, replayed back to back."""
+def _graph_seconds(replay: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a CUDA graph, replayed back to back; twice."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     replay()
     start.record()
@@ -228,7 +249,8 @@ def _graph_seconds(replay: Callable[[], object]) -> float:
         replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / REPLAYS
+    seconds = start.elapsed_time(end) / 1e3 / REPLAYS
+    return seconds, seconds
 
 
 def _peaks(

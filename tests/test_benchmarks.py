@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from benchmarks import (
     timing,
     train,
 )
-from benchmarks.case import MaskSpec, Shape, Step
+from benchmarks.case import MaskSpec, Pace, Shape, Step
 from benchmarks.machine import Limits
 from benchmarks.results import OURS, Row, Run
 from benchmarks.timing import Ratio, Seconds
@@ -142,7 +143,8 @@ def test_an_interval_holds_the_median_as_often_as_it_says():
             assert ratio.low <= ratio.median <= ratio.high
             hits += ratio.low <= 1 <= ratio.high
         assert 0.945 < hits / 2000 < 0.99
-    assert timing.interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    few = [timing.interval([source.lognormvariate(0, 0.5) for _ in range(3)]) for _ in range(2000)]
+    assert 0.9 < sum(ratio.low <= 1 <= ratio.high for ratio in few) / 2000 < 0.99
 
 
 def test_fits():
@@ -155,7 +157,7 @@ def test_fits():
 
 def test_cases_run_in_turn_until_they_are_known(monkeypatch):
     order = []
-    monkeypatch.setattr(timing, "_cpu_seconds", lambda case: case())
+    monkeypatch.setattr(timing, "_cpu_seconds", lambda case: (case(), 1.0))
 
     def case(name, seconds):
         def run():
@@ -186,7 +188,7 @@ def test_cases_run_in_turn_until_they_are_known(monkeypatch):
 
 
 def test_what_is_stopped_early_has_no_time(monkeypatch):
-    monkeypatch.setattr(timing, "_cpu_seconds", lambda case: case())
+    monkeypatch.setattr(timing, "_cpu_seconds", lambda case: (case(), 1.0))
     found = timing.contest({"a": lambda: 1.0}, "a", device=CPU, seconds=9, stop=time.monotonic())
     assert found == {}
 
@@ -322,7 +324,7 @@ def measured(ratio, half_width, **values):
     return Row("train", "w", seconds=seconds, relative=relative, reference="sdpa", **values)
 
 
-def simulated(slowdown, source, rounds=15, spread=0.1):
+def simulated(slowdown, source, rounds, spread=0.1):
     """A row of a machine whose speed wanders, which ratios within a round do not show."""
     ratios = []
     for _ in range(rounds):
@@ -336,13 +338,23 @@ def test_a_slowdown_is_a_change_and_noise_is_none():
     source = random.Random(0)
     alarms, found = 0, 0
     for _ in range(200):
-        before = simulated(1.0, source)
-        (noise,) = results.compare([before], [simulated(1.0, source)])
-        (slower,) = results.compare([before], [simulated(1.3, source, rounds=31)])
+        before = simulated(1.0, source, 31)
+        (noise,) = results.compare([before], [simulated(1.0, source, 9)])
+        (slower,) = results.compare([before], [simulated(1.3, source, 31)])
         alarms += noise.is_slower
         found += slower.is_slower
     assert alarms == 0
     assert found > 140
+
+
+def test_on_a_busy_machine_cpu_time_has_to_agree():
+    steady = Ratio(0.5, 0.49, 0.51)
+    before = [replace(measured(0.5, 0.01), relative_cpu=steady)]
+    slower = [replace(measured(0.8, 0.01), relative_cpu=Ratio(0.8, 0.79, 0.81))]
+    disturbed = [replace(measured(0.8, 0.01), relative_cpu=steady)]
+    assert [c.is_slower for c in results.compare(before, slower, is_busy=True)] == [True]
+    assert [c.is_slower for c in results.compare(before, disturbed)] == [True]
+    assert [c.is_slower for c in results.compare(before, disturbed, is_busy=True)] == [False]
 
 
 def test_only_cases_of_ours_that_are_the_same_are_compared():
@@ -352,6 +364,20 @@ def test_only_cases_of_ours_that_are_the_same_are_compared():
     (change,) = results.compare(before, now)
     assert change.factor == pytest.approx(1.4)
     assert change.is_slower
+
+
+def test_a_reduced_workload_is_compared_at_the_shape_of_before():
+    paces = [Pace({torch.float32: x, torch.bfloat16: x}, 1.0) for x in (1e11, 4e11)]
+
+    def flops(pace):
+        steps = presets.find("k5-lite-10s", CPU).steps(CPU, YARDSTICKS, pace, 160.0)
+        return [step.flops for step in steps]
+
+    slow, fast = map(flops, paces)
+    assert sum(slow) < sum(fast)
+    tokens = {("k5-lite-10s", "train"): 3 * 32 * 48, ("k5-lite-10s", "block"): 32 * 48}
+    slow, fast = (flops(pace._replace(tokens=tokens)) for pace in paces)
+    assert slow == fast
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
@@ -399,7 +425,7 @@ def test_smoke_measures_every_stage_and_writes_a_report(monkeypatch, capsys, tmp
         monkeypatch, capsys, "smoke", "--device", "cpu", "--json", "rows.jsonl", "--seconds", "250"
     )
     assert status == 0, said
-    (estimate,) = re.findall(r"estimate: at most (\d+) s", said)
+    (estimate,) = re.findall(r"estimate: \d+ s, at most (\d+) s", said)
     (took,) = re.findall(r"took (\d+) s", said)
     assert int(took) <= int(estimate)
     run = results.read(tmp_path / "rows.jsonl")
@@ -440,7 +466,8 @@ def test_a_planted_slowdown_is_found(mini, monkeypatch, capsys):
     def seconds(case, slowdown=1.0):
         before = len(calls)
         case()
-        return (1.0 if len(calls) == before else 0.3 * slowdown) * source.lognormvariate(0, 0.1)
+        found = (1.0 if len(calls) == before else 0.3 * slowdown) * source.lognormvariate(0, 0.05)
+        return found, found
 
     monkeypatch.setattr(nabla, "block_sparse_attention", counted)
     monkeypatch.setattr(timing, "_cpu_seconds", seconds)
