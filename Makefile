@@ -44,7 +44,7 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff format --check --diff .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the benchmarks of this machine's CPU in under five minutes, and a report
+bench: $(READY)  ## the benchmarks of this machine's CPU in about five minutes, and a report
 	$(BIN)/nabla bench cpu --device cpu
 
 bench-full: $(READY)  ## those, cost over tokens, and every real workload with fewer heads and frames

@@ -57,11 +57,12 @@ class Sample(NamedTuple):
 
 
 def sampled(mask: BlockMask) -> list[Sample]:
-    """Blocks of queries to compare: the first, the last and others, of two heads at most."""
+    """Blocks of queries to compare: the first or the last, and others, of two heads at most."""
     num_blocks, heads = mask.grid.num_blocks, mask.shape[1]
     count = SAMPLED_PAIRS // (2 * mask.grid.block_size * mask.grid.num_tokens)
     count = min(max(count, LEAST_BLOCKS), MOST_BLOCKS)
-    others = torch.randint(num_blocks, (count - 2,)).tolist()
+    end = torch.randint(2, ()).item() * (num_blocks - 1)
+    others = torch.randint(num_blocks, (count - 1,)).tolist()
     sizes = mask.grid.starts(mask.device).diff().long()
     return [
         Sample(
@@ -70,7 +71,7 @@ def sampled(mask: BlockMask) -> list[Sample]:
             kept_blocks(mask, head, block).repeat_interleave(sizes),
         )
         for head in sorted({0, heads - 1})
-        for block in sorted({0, num_blocks - 1, *others})
+        for block in sorted({end, *others})
     ]
 
 
