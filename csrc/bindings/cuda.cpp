@@ -91,4 +91,6 @@ PYBIND11_MODULE(NABLA_MODULE, m) {
     nabla::define_launch(m, "pooled_scores", nabla::scores_params, &Kernels::pooled_scores);
     nabla::define_launch(m, "block_mask", nabla::block_mask_params, &Kernels::block_mask);
     nabla::define_launch(m, "transpose", nabla::transpose_params, &Kernels::transpose);
+    nabla::define_launch(m, "attention_forward", nabla::attention_params,
+                         &Kernels::attention_forward);
 }

@@ -3,8 +3,8 @@
 namespace nabla::cuda {
 
 const Kernels kKernels[] = {
-    {90, "sm_90a", sm90::block_mean, sm90::pooled_scores, sm90::block_mask,
-     sm90::transpose},
+    {90, "sm_90a", sm90::block_mean, sm90::pooled_scores, sm90::block_mask, sm90::transpose,
+     sm90::attention_forward},
 };
 const int kKernelsCount = sizeof kKernels / sizeof *kKernels;
 

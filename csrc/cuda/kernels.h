@@ -9,6 +9,7 @@ void block_mean(const BlockMeanParams&);
 void pooled_scores(const ScoresParams&);
 void block_mask(const BlockMaskParams&);
 void transpose(const TransposeParams&);
+void attention_forward(const AttentionParams&);
 }  // namespace nabla::sm90
 
 namespace nabla::cuda {
@@ -20,6 +21,7 @@ struct Kernels {
     void (*pooled_scores)(const ScoresParams&);
     void (*block_mask)(const BlockMaskParams&);
     void (*transpose)(const TransposeParams&);
+    void (*attention_forward)(const AttentionParams&);
 };
 
 extern const Kernels kKernels[];

@@ -421,6 +421,12 @@ NABLA_DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// What follows stays behind the computation of x >= 0: ptxas moves wgmma_wait ahead of arithmetic,
+// which then overlaps with nothing, and only a branch that needs the result stops it.
+NABLA_DEVICE void hold_until(float x) {
+    if (__any_sync(~0u, x < 0)) __nanosleep(0);
+}
+
 // The compiler moves no use of these registers across: it does not know that wgmma works on them
 // until wgmma_wait.
 template <int kCount>

@@ -262,6 +262,7 @@ template <int kPending>
 void wgmma_wait(Site site = Site::here()) {
     emulation::wgmma_wait(kPending, site);
 }
+inline void hold_until(float) {}
 template <class T, int kCount>
 void keep_in_place(T (&)[kCount]) {}
 

@@ -103,11 +103,12 @@ def view(x: Tensor) -> tuple[Tensor, int, int, int]:
 def with_aligned_rows(x: Tensor) -> Tensor:
     """Return x [B, H, S, D], copied unless every row of D begins at a multiple of 16 bytes.
 
-    That is what vector loads and bulk tensor copies take.
+    That is what vector loads and bulk tensor copies take. The copies take no tokens that share
+    their memory, either.
     """
     steps = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
     offsets = [x.data_ptr(), *(stride * x.element_size() for stride in steps)]
-    if all(offset % 16 == 0 for offset in offsets):
+    if all(offset % 16 == 0 for offset in offsets) and (x.stride(2) or x.shape[2] == 1):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

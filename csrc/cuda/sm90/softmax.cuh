@@ -1,0 +1,106 @@
+// The running softmax of 64 query rows, over blocks of 64 scores that lie in accumulators of wgmma.
+//
+// A thread has columns of rows lane / 4 and lane / 4 + 8 of its warp's 16. A score weighs
+// exp2(scale_log2 score - reference), and sums of weights are exact for any reference of a row. It
+// need not be the largest score: it follows one that would weigh more than 1 and more than an
+// eighth of the sum so far. So what dominates a row weighs 1, which bf16 holds exactly, and most
+// blocks move no reference, which takes shuffles and rescales what has been summed.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "cuda/ptx.cuh"
+
+namespace nabla::sm90 {
+
+constexpr int kScores = 32;  // of a thread: 2 rows of 16
+
+// The row of accumulator i, 0 or 1.
+NABLA_DEVICE constexpr int row_of(int i) { return i >> 1 & 1; }
+
+// The first column of a thread's accumulators; the others follow in steps of 8, with the next ones.
+NABLA_DEVICE int thread_column() { return 2 * (ptx::lane_index() % 4); }
+
+class Softmax {
+  public:
+    // A scale of 0 still makes -inf of a score of -inf.
+    NABLA_DEVICE explicit Softmax(float scale_log2) : scale_log2_(fmaxf(scale_log2, FLT_MIN)) {}
+
+    // Scores from column `size` on weigh nothing.
+    NABLA_DEVICE static void mask_from(int size, float (&scores)[kScores]) {
+        NABLA_UNROLL
+        for (int i = 0; i < kScores; ++i)
+            if (8 * (i / 4) + thread_column() + i % 2 >= size) scores[i] = -INFINITY;
+    }
+
+    // Moves the references of the warp's rows if they have to; then what has been summed is to be
+    // multiplied by the factors of its rows.
+    NABLA_DEVICE bool move_references(const float (&scores)[kScores], float (&factors)[2]) {
+        float largest[2];
+        find_largest(scores, largest);
+        if (!ptx::any(largest[0] > reference_[0] || largest[1] > reference_[1])) return false;
+        if (!ptx::any(largest[0] > bound(0) || largest[1] > bound(1))) return false;
+        NABLA_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            float reference = fmaxf(reference_[r], largest[r]);
+            NABLA_UNROLL
+            for (int mask = 1; mask < 4; mask *= 2)
+                reference = fmaxf(reference, ptx::shuffle_xor(reference, mask));
+            factors[r] = ptx::exp2(reference_[r] - reference);
+            reference_[r] = reference;
+            sum_[r] *= factors[r];
+        }
+        return true;
+    }
+
+    // Scores become weights.
+    NABLA_DEVICE void exponentiate(float (&scores)[kScores]) {
+        NABLA_UNROLL
+        for (int i = 0; i < kScores; ++i) {
+            scores[i] = ptx::exp2(scores[i] * scale_log2_ - reference_[row_of(i)]);
+            sum_[row_of(i)] += scores[i];
+        }
+    }
+
+    // From sums over the columns of a thread to sums of rows.
+    NABLA_DEVICE void gather_sums() {
+        NABLA_UNROLL
+        for (int mask = 1; mask < 4; mask *= 2) {
+            NABLA_UNROLL
+            for (int r = 0; r < 2; ++r) sum_[r] += ptx::shuffle_xor(sum_[r], mask);
+        }
+    }
+    NABLA_DEVICE float sum(int r) const { return sum_[r]; }
+
+    // log(sum(exp(scale score))) of a row; -inf without scores.
+    NABLA_DEVICE float lse(int r) const {
+        constexpr float kLn2 = 0.693147181f;
+        return (reference_[r] + ptx::log2(sum_[r])) * kLn2;
+    }
+
+  private:
+    // NaN is passed over, and reaches the sum as the weight of NaN.
+    NABLA_DEVICE void find_largest(const float (&scores)[kScores], float (&largest)[2]) const {
+        float parts[8];  // of a few scores each, so that one maximum need not wait for another
+        NABLA_UNROLL
+        for (int i = 0; i < kScores; ++i)
+            parts[i % 8] = i < 8 ? scores[i] : fmaxf(parts[i % 8], scores[i]);
+        NABLA_UNROLL
+        for (int r = 0; r < 2; ++r)
+            largest[r] = fmaxf(fmaxf(parts[2 * r], parts[2 * r + 1]),
+                               fmaxf(parts[2 * r + 4], parts[2 * r + 5])) *
+                         scale_log2_;
+    }
+
+    // The score from which on a reference has to follow. fp16 has to hold the weights, too.
+    NABLA_DEVICE float bound(int r) const {
+        return reference_[r] + fminf(fmaxf(ptx::log2(sum_[r]) - 3, 0.0f), 8.0f);
+    }
+
+    float scale_log2_;
+    float reference_[2] = {-FLT_MAX, -FLT_MAX};
+    float sum_[2] = {0.0f, 0.0f};
+};
+
+}  // namespace nabla::sm90

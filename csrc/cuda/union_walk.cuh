@@ -1,0 +1,73 @@
+// The key blocks that at least one of several rows of a mask keeps, in ascending order.
+#pragma once
+
+#include "cuda/grid.cuh"
+#include "cuda/ptx.cuh"
+#include "params.h"
+
+namespace nabla {
+
+// A key block of the walk.
+struct KeptBlock {
+    BlockRun run;
+    uint32_t members;  // bit r: row r keeps it
+};
+
+// A warp walks together: lane l holds word l of 32 words of each row, and where the block of bit l
+// of the current word lies.
+template <int kRows>
+class UnionWalk {
+  public:
+    // rows: the words of each row; null for a row that keeps nothing.
+    NABLA_DEVICE UnionWalk(const Blocks& blocks, const uint32_t* const (&rows)[kRows])
+        : blocks_(blocks), words_((blocks.count + 31) / 32) {
+        NABLA_UNROLL
+        for (int r = 0; r < kRows; ++r) rows_[r] = rows[r];
+    }
+
+    // Steps to the next block; false behind the last.
+    NABLA_DEVICE bool next(KeptBlock& kept) {
+        while (left_ == 0)
+            if (!next_word()) return false;
+        const uint32_t bit = ptx::trailing_zeros(left_);
+        left_ &= left_ - 1;
+        kept.run = {ptx::shuffle(run_.first, bit), ptx::shuffle(run_.size, bit)};
+        kept.members = 0;
+        NABLA_UNROLL
+        for (int r = 0; r < kRows; ++r) kept.members |= (word_[r] >> bit & 1) << r;
+        return true;
+    }
+
+  private:
+    NABLA_DEVICE bool next_word() {
+        if (++at_ == words_) return false;
+        if (at_ % 32 == 0) load_words();
+        NABLA_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            word_[r] = ptx::shuffle(loaded_[r], at_ % 32);
+            left_ |= word_[r];
+        }
+        run_ = block_run(blocks_, 32 * at_ + static_cast<int32_t>(ptx::lane_index()));
+        return true;
+    }
+
+    NABLA_DEVICE void load_words() {
+        const int32_t word = at_ + static_cast<int32_t>(ptx::lane_index());
+        const int32_t bits = blocks_.count - 32 * word;  // from this word on; the rest is garbage
+        const uint32_t valid = bits >= 32 ? ~0u : (1u << (bits > 0 ? bits : 0)) - 1;
+        NABLA_UNROLL
+        for (int r = 0; r < kRows; ++r)
+            loaded_[r] = rows_[r] && valid ? ptx::load_global_nc(rows_[r] + word) & valid : 0;
+    }
+
+    const Blocks& blocks_;
+    const uint32_t* rows_[kRows];
+    int32_t words_;           // of a row
+    int32_t at_ = -1;         // the current word
+    uint32_t loaded_[kRows];  // word at_ / 32 * 32 + lane
+    uint32_t word_[kRows];    // word at_
+    uint32_t left_ = 0;       // bits of the current word, of any row, that are still to come
+    BlockRun run_;            // of block 32 * at_ + lane
+};
+
+}  // namespace nabla
