@@ -499,6 +499,7 @@ FAULTS = {
     "two arrivals of one warp": "one arrival too many|is read in wgmma .* nothing orders|"
     "can complete before .* has seen|deadlock",
     "expect_tx too small": "deadlock(.|\n)* and -[0-9]+ bytes",
+    "expect_tx of one copy of two": "expects too few bytes|deadlock|written in copy_bulk",
     "expect_tx too large": "deadlock(.|\n)* waits for 0 of 1 arrivals and 8192 bytes",
     "wrong parity of the full stage": "deadlock|written in copy_tensor_4d .* nothing orders|"
     "can complete before|nothing has been written there",

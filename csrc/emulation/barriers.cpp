@@ -116,9 +116,9 @@ void Cta::mbarrier_complete(Mbarrier& barrier, uint32_t site) {
     ++barrier.phase;
     barrier.pending = barrier.count;
     idle_polls_ = 0;
-    const std::vector<Mbarrier::Waiter> waiting = std::move(barrier.waiting);
+    const std::vector<Thread*> waiting = std::move(barrier.waiting);
     barrier.waiting.clear();
-    for (const Mbarrier::Waiter& waiter : waiting) wake(*waiter.thread);
+    for (Thread* thread : waiting) wake(*thread);
 }
 
 bool Cta::mbarrier_test(Mbarrier& barrier, uint32_t parity, uint32_t site) {

@@ -1,4 +1,5 @@
 // Bulk copies into shared memory, bulk reductions out of it, and the copies of a thread.
+#include <algorithm>
 #include <cstring>
 
 #include "emulation/cta.h"
@@ -97,7 +98,6 @@ void Cta::issue_bulk_copy(BulkCopy copy, uint32_t mbarrier_address) {
         });
     }
     copy.mbarrier = mbarrier_at[mbarrier_address];
-    copy.phase = barrier.phase;
     const Access access{{barrier.phase + 1, static_cast<uint16_t>(barrier.agent), kAsync},
                         copy.site};
     Shadow::Memo memo;
@@ -172,6 +172,10 @@ void bulk_wait(uint32_t pending, bool read, Site where) {
         else cta.finish(reduction);
     }
     thread.bulk_read = std::max(thread.bulk_read, done);
+    const auto is_done = [](const BulkReduction& x) { return x.is_read && x.values.empty(); };
+    auto& reductions = cta.reductions;
+    reductions.erase(std::remove_if(reductions.begin(), reductions.end(), is_done),
+                     reductions.end());
     cta.maybe_yield(thread);
 }
 
@@ -208,7 +212,7 @@ void copy_tensor_4d(uint32_t destination, const TensorMap* map, uint32_t mbarrie
     Cta& cta = Cta::current();
     uint32_t site;
     cta.enter(Instruction::kCopyTensor4d, where, site);
-    BulkCopy copy{destination, 0, 0, 0, site, nullptr, *map, {c0, c1, c2, c3}};
+    BulkCopy copy{destination, 0, 0, site, nullptr, *map, {c0, c1, c2, c3}};
     cta.issue_bulk_copy(copy, mbarrier);
     cta.maybe_yield(Cta::self());
 }
@@ -218,7 +222,7 @@ void copy_bulk(uint32_t destination, const void* source, uint32_t bytes, uint32_
     Cta& cta = Cta::current();
     uint32_t site;
     cta.enter(Instruction::kCopyBulk, where, site);
-    cta.issue_bulk_copy({destination, bytes, 0, 0, site, source, {}, {}}, mbarrier);
+    cta.issue_bulk_copy({destination, bytes, 0, site, source, {}, {}}, mbarrier);
     cta.maybe_yield(Cta::self());
 }
 

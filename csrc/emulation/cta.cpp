@@ -155,11 +155,6 @@ Thread* Cta::pick() {
 }
 
 bool Cta::deliver_one() {
-    const auto reductions_end =
-        std::remove_if(reductions.begin(), reductions.end(), [](const BulkReduction& reduction) {
-            return reduction.values.empty() && reduction.is_read;
-        });
-    reductions.erase(reductions_end, reductions.end());
     if (copies_in_flight.empty()) return false;
     const size_t chosen = random.below(static_cast<uint32_t>(copies_in_flight.size()));
     const BulkCopy copy = copies_in_flight[chosen];

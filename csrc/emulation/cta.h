@@ -178,11 +178,7 @@ struct Mbarrier {
         uint32_t thread, clock, position, site;
     };
     std::vector<Pass> passes;
-    struct Waiter {
-        Thread* thread;
-        uint32_t parity;
-    };
-    std::vector<Waiter> waiting;
+    std::vector<Thread*> waiting;
 };
 
 // A bulk copy into shared memory.
@@ -190,7 +186,6 @@ struct BulkCopy {
     uint32_t destination;
     uint32_t bytes;
     uint32_t mbarrier;  // index
-    uint32_t phase;     // of the mbarrier, when it was issued
     uint32_t site;
     const void* source;  // null: a box of `map`
     TensorMap map;
@@ -223,7 +218,6 @@ struct Wgmma {
     const uint32_t* a_registers[32];
     std::vector<KnowledgeRef> known;  // what the lanes knew, each once
     uint32_t now[32], fenced[32];
-    uint32_t wgmma_done;
     bool is_done = false;
 };
 

@@ -27,7 +27,7 @@ enum class Schedule : uint8_t {
 struct Settings {
     Schedule schedule = Schedule::kLate;
     uint64_t seed = 0;    // also of the order of CTAs; 0: ascending
-    int threads = 1;      // host threads; the result depends on the seed only
+    int threads = 1;      // host threads; without a race, the result depends on the seed only
     std::string ignored;  // "file:line:instruction" of a call that is left out; empty for none
 };
 

@@ -1,6 +1,5 @@
 // The instructions that act at once: loads and stores, barriers, votes, conversions.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "emulation/cta.h"
@@ -448,13 +447,11 @@ bool mbarrier_try_wait(uint32_t mbarrier, uint32_t parity, Site where) {
     cta.maybe_yield(thread);
     Mbarrier& barrier = cta.mbarrier(mbarrier, site);
     if (cta.mbarrier_test(barrier, parity, site)) return true;
-    barrier.waiting.push_back({&thread, parity});
+    barrier.waiting.push_back(&thread);
     thread.state = emulation::State::kPolling;
     cta.block(thread, site, {nullptr, mbarrier, parity});
     auto& waiting = barrier.waiting;
-    waiting.erase(std::remove_if(waiting.begin(), waiting.end(),
-                                 [&](const auto& waiter) { return waiter.thread == &thread; }),
-                  waiting.end());
+    waiting.erase(std::remove(waiting.begin(), waiting.end(), &thread), waiting.end());
     return cta.mbarrier_test(barrier, parity, site);
 }
 
@@ -466,7 +463,7 @@ void mbarrier_wait(uint32_t mbarrier, uint32_t parity, Site where) {
     cta.maybe_yield(thread);
     Mbarrier& barrier = cta.mbarrier(mbarrier, site);
     while (!cta.mbarrier_test(barrier, parity, site)) {
-        barrier.waiting.push_back({&thread, parity});
+        barrier.waiting.push_back(&thread);
         cta.block(thread, site, {nullptr, mbarrier, parity});
     }
 }

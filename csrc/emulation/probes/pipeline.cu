@@ -24,6 +24,7 @@ enum class Fault : int32_t {
     kReleaseByOneLane,
     kDoubleArrival,
     kShortExpect,
+    kExpectOneOfTwo,
     kLongExpect,
     kWrongFullParity,
     kWrongEmptyParity,
@@ -76,6 +77,7 @@ const char* const kFaultNames[] = {
     "stage released by one lane before its warp has waited",
     "two arrivals of one warp",
     "expect_tx too small",
+    "expect_tx of one copy of two",
     "expect_tx too large",
     "wrong parity of the full stage",
     "wrong parity of the empty stage",
@@ -146,6 +148,7 @@ NABLA_DEVICE void produce(const PipelineParams& p, uint32_t shared, Fault fault)
         ptx::mbarrier_arrive_expect_tx(full, bytes);
         ptx::copy_tensor_4d(shared + kB + stage * kTileBytes, &p.b_map, full, 0,
                             i * static_cast<int32_t>(kTile), 0, 0);
+        if (fault == Fault::kExpectOneOfTwo) ptx::copy_bulk(shared + kCopies, p.a, 2048, full);
     }
     if (fault == Fault::kCopyInFlight) {
         const uint32_t stage = static_cast<uint32_t>(p.steps) % kStages;
