@@ -62,6 +62,22 @@ def transposed_case() -> Case:
     return Case("transposed", lambda: (transposed_bits(mask.bits, grid),))
 
 
+def attention_case(head_dim: int, dtype: torch.dtype, frames: int) -> Case:
+    """Rows longer than the rings, short blocks among them, with rows of no block beside them."""
+    grid = nabla.TokenGrid(frames=frames, height=16, width=20)
+    q, k, v = torch.randn(3, 1, 1, grid.num_tokens, head_dim).to(dtype).unbind()
+    rows = grid.num_blocks // frames + 1  # a frame, and a row of the next
+    keep = torch.rand(1, 1, rows, grid.num_blocks) < 0.6
+    keep[:, :, 1] = False
+    mask = nabla.BlockMask.from_dense(keep, grid=grid)
+    q = q[:, :, : grid.block_start(rows)]
+
+    def run() -> tuple[Tensor, ...]:
+        return nabla.block_sparse_attention(q, k, v, mask, return_lse=True, backend="cuda-emulated")
+
+    return Case(f"attention of D = {head_dim}", run)
+
+
 def outcome(case: Case, schedule: str, seed: int, ignored: str = "") -> tuple[Tensor, ...] | None:
     """The result, or None where the emulator reports a fault."""
     with cuda.emulation(schedule=schedule, seed=seed, ignored=ignored):
@@ -117,7 +133,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
     torch.manual_seed(0)
-    return [mask_case(), scores_case(), transposed_case()]
+    attention_cases = [
+        attention_case(64, torch.bfloat16, frames=5),
+        attention_case(128, torch.float16, frames=3),
+    ]
+    return [mask_case(), scores_case(), transposed_case(), *attention_cases]
 
 
 @pytest.mark.parametrize(
