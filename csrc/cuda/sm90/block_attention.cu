@@ -200,12 +200,8 @@ class Consumer {
     NABLA_DEVICE void pass_on(const Position& at) {
         ptx::mbarrier_wait(rings_.v_full(at), at.parity());  // V is there, as K is
         ptx::sync_warp();  // all lanes have seen that: one may release V for all
-        release(rings_.k_empty(at));
-        release(rings_.v_empty(at));
-    }
-
-    NABLA_DEVICE void release(uint32_t empty_barrier) {
-        if (leads_) ptx::mbarrier_arrive(empty_barrier);
+        if (leads_) ptx::mbarrier_arrive(rings_.k_empty(at));
+        if (leads_) ptx::mbarrier_arrive(rings_.v_empty(at));
     }
 
     // ---- the blocks ----
@@ -228,14 +224,14 @@ class Consumer {
             goes_on = find(current.at());
             ptx::wgmma_wait<1>();  // the next scores are there; values are still being added
             weigh(scores, next);
-            release(rings_.v_empty(current.at()));
+            if (leads_) ptx::mbarrier_arrive(rings_.v_empty(current.at()));
             current = next;
         }
         ptx::mbarrier_wait(rings_.v_full(current.at()), current.at().parity());  // V is there
         multiply_values(current);
         ptx::wgmma_wait<0>();  // all values are added
         ptx::keep_in_place(out_);
-        release(rings_.v_empty(current.at()));
+        if (leads_) ptx::mbarrier_arrive(rings_.v_empty(current.at()));
     }
 
     // From the descriptor of a K-contiguous tile to that of its 16 channels c.
@@ -272,7 +268,7 @@ class Consumer {
     // The scores of a stage become weights, while the values of the block before are added.
     NABLA_DEVICE void weigh(float (&scores)[kScores], const Stage& stage) {
         ptx::keep_in_place(scores);
-        release(rings_.k_empty(stage.at()));  // K has been read, for the scores are there
+        if (leads_) ptx::mbarrier_arrive(rings_.k_empty(stage.at()));  // K has been read
         if (stage.size() < kBlock) Softmax::mask_from(stage.size(), scores);
         float factors[2];
         const bool rescales = softmax_.move_references(scores, factors);
