@@ -180,9 +180,10 @@ class Consumer {
 
     // ---- the walk ----
 
-    // Looks for the next block of this row, as far as the slot of `end`; passes on those of others.
+    // Looks for the next block of this row, at one stage and on to the slot of `end`, and passes on
+    // those of others.
     NABLA_DEVICE bool find(const Position& end) {
-        while (!look_.has_slot_of(end)) {
+        do {
             ptx::mbarrier_wait(rings_.k_full(look_), look_.parity());  // K and the word are there
             const auto word = ptx::load_shared<uint32_t>(rings_.stage(look_));
             ptx::sync_warp();  // all lanes have read the word: one may release it for all
@@ -191,7 +192,7 @@ class Consumer {
             look_.advance<Config::kStages>();
             if (found_.has_member(index_)) return true;
             pass_on(found_.at());
-        }
+        } while (!look_.has_slot_of(end));
         return false;
     }
 
@@ -206,14 +207,15 @@ class Consumer {
 
     // ---- the blocks ----
 
-    // Attends to the block found, and to those that follow closely: as long as values are held
-    // here, the producer gets no further than once round the ring, and nothing beyond may be
-    // waited for.
+    // Attends to the block found, and to those that follow closely: as long as the values of
+    // `current` are held here, the producer gets no further than to their slot, and nothing there
+    // may be waited for. The stage behind `next` is before it: `next` was found before the slot of
+    // an earlier block, or of the one before the first.
     NABLA_DEVICE void attend_run() {
         float scores[kScores];
         Stage current = found_;
         multiply_keys(scores, current);
-        bool goes_on = find(current.at());
+        bool goes_on = find(current.at().slot_before<Config::kStages>());
         ptx::wgmma_wait<0>();  // the scores are there
         weigh(scores, current);
         while (goes_on) {

@@ -30,6 +30,12 @@ class Position {
         if (slot() == kStages) bits_ = (bits_ - 8 * kStages) ^ 1;
     }
 
+    // The slot before; its parity is not that of this position.
+    template <int kStages>
+    NABLA_DEVICE Position slot_before() const {
+        return Position(slot() == 0 ? 8 * (kStages - 1) : offset() - 8);
+    }
+
   private:
     static constexpr uint32_t kSlotMask = 15 << 3;
 
