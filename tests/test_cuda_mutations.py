@@ -63,12 +63,13 @@ def transposed_case() -> Case:
 
 
 def attention_case(head_dim: int, dtype: torch.dtype, frames: int) -> Case:
-    """Rows longer than the rings, short blocks among them, with rows of no block beside them."""
+    """Rows longer than the rings, short blocks among them, a row of none, and one with a gap."""
     grid = nabla.TokenGrid(frames=frames, height=16, width=20)
     q, k, v = torch.randn(3, 1, 1, grid.num_tokens, head_dim).to(dtype).unbind()
     rows = grid.num_blocks // frames + 1  # a frame, and a row of the next
     keep = torch.rand(1, 1, rows, grid.num_blocks) < 0.6
-    keep[:, :, 1] = False
+    keep[:, :, 1:3] = False
+    keep[:, :, 2, [0, -1]] = True
     mask = nabla.BlockMask.from_dense(keep, grid=grid)
     q = q[:, :, : grid.block_start(rows)]
 
