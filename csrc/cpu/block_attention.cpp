@@ -67,9 +67,8 @@ void softmax_panel(const ForwardArrays<T>& a, int lane, int lanes, int keys, Sca
         const int at = lane + v * kWidth;
         shift[v] = top[v] == -kInfinity ? Floats{}
                                         : top[v];  // no score above -inf yet: p and total stay 0
-        const Floats correction = exp2((load(a.top + at) - shift[v]) * scale_log2);
-        total[v] = load(a.total + at) * correction;
-        store(a.correction + at, correction);
+        total[v] = Floats{};
+        store(a.correction + at, exp2((load(a.top + at) - shift[v]) * scale_log2));
         store(a.top + at, top[v]);
     }
     const auto probability = [&](int j, int v) {
@@ -90,7 +89,11 @@ void softmax_panel(const ForwardArrays<T>& a, int lane, int lanes, int keys, Sca
                 store_raw(a.p + j / 2 * lanes + lane + v * kWidth, bfloat16_pairs(low, high));
             }
     }
-    for (int v = 0; v < kVectors; ++v) store(a.total + lane + v * kWidth, total[v]);
+    // Like out, a sum of sums of tiles: one chain over all keys would round far more.
+    for (int v = 0; v < kVectors; ++v) {
+        const int at = lane + v * kWidth;
+        store(a.total + at, load(a.total + at) * load(a.correction + at) + total[v]);
+    }
 }
 
 template <class T>
@@ -111,15 +114,15 @@ void forward_tile(const AttentionParams& p, const ForwardArrays<T>& a, int b, in
         p, bits_row(p, b, h, block), 0, p.blocks.count, [&](int key, int keys, int next) {
             const T* keys_v = at<T>(p.v, b, kv_head, key);
             const auto k = rows_of(at<T>(p.k, b, kv_head, key), p.k.stride_s, keys, dim, a.k);
-            multiply<Layout::kRows, Start::kZero>(Dot<T>{}, keys, lanes, dim / kPair<T>, k.data,
-                                                  k.stride, a.q, lanes, a.scores, lanes, nullptr,
-                                                  prefetch_rows(keys_v, p.v.stride_s, keys, dim));
+            multiply<Layout::kRows, Update::kStore>(Dot<T>{}, keys, lanes, dim / kPair<T>, k.data,
+                                                    k.stride, a.q, lanes, a.scores, lanes, nullptr,
+                                                    prefetch_rows(keys_v, p.v.stride_s, keys, dim));
             for_panels(lanes, [&](auto vectors, int lane) {
                 softmax_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, scale);
             });
             const auto v = steps_of(keys_v, p.v.stride_s, keys, dim, a.v);
             const T* next_k = at<T>(p.k, b, kv_head, next);
-            multiply<Layout::kColumns, Start::kScaled>(
+            multiply<Layout::kColumns, Update::kScaleAdd>(
                 Dot<T>{}, dim, lanes, (keys + kPair<T> - 1) / kPair<T>, v.data, v.stride, a.p,
                 lanes, a.out, lanes, a.correction,
                 next == key ? later_q : prefetch_rows(next_k, p.k.stride_s, keys, dim));

@@ -148,9 +148,8 @@ void gradient_panel(const BackwardArrays<T>& a, int lane, int lanes, int keys, f
 // The kept keys of blocks begin .. end - 1 for one query tile: adds to the sums of dk, dv and dq
 // (`first`: stores that of dq).
 template <class T>
-void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
-                   const Sums& sums, const QueryTile& tile, const uint32_t* bits, int begin,
-                   int end, bool first) {
+void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a, const Sums& sums,
+                   const QueryTile& tile, const uint32_t* bits, int begin, int end, bool first) {
     const AttentionParams& f = p.forward;
     const int dim = f.head_dim, group = f.heads / f.kv_heads, kv_head = tile.h / group, n = tile.n,
               lanes = tile.lanes;
@@ -178,25 +177,25 @@ void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
         float* dk = at<float>(sums.dk, 0, 0, key);
         float* dv = at<float>(sums.dv, 0, 0, key);
         const auto k_rows = rows_of(k, f.k.stride_s, keys, dim, a.k);
-        multiply<Layout::kRows, Start::kZero>(dot, keys, lanes, dim / kPair<T>, k_rows.data,
-                                              k_rows.stride, a.q_lanes, lanes, a.scores, lanes,
-                                              nullptr, prefetch_rows(v, f.v.stride_s, keys, dim));
+        multiply<Layout::kRows, Update::kStore>(dot, keys, lanes, dim / kPair<T>, k_rows.data,
+                                                k_rows.stride, a.q_lanes, lanes, a.scores, lanes,
+                                                nullptr, prefetch_rows(v, f.v.stride_s, keys, dim));
         const auto v_rows = rows_of(v, f.v.stride_s, keys, dim, a.v);
-        multiply<Layout::kRows, Start::kZero>(
+        multiply<Layout::kRows, Update::kStore>(
             dot, keys, lanes, dim / kPair<T>, v_rows.data, v_rows.stride, a.dout_lanes, lanes, a.dp,
             lanes, nullptr, prefetch_rows(dv, sums.dv.stride_s, keys, dim));
         for_panels(lanes, [&](auto vectors, int lane) {
             gradient_panel<T, decltype(vectors)::value>(a, lane, lanes, keys, f.scale);
         });
-        multiply<Layout::kRows, Start::kAdd>(
+        multiply<Layout::kRows, Update::kAdd>(
             dot, keys, dim, query_steps, a.p, lanes / kPair<T>, dout_steps.data, dout_steps.stride,
             dv, sums.dv.stride_s, nullptr, prefetch_rows(dk, sums.dk.stride_s, keys, dim));
-        multiply<Layout::kRows, Start::kAdd>(dot, keys, dim, query_steps, a.ds, lanes / kPair<T>,
-                                             q_steps.data, q_steps.stride, dk, sums.dk.stride_s);
+        multiply<Layout::kRows, Update::kAdd>(dot, keys, dim, query_steps, a.ds, lanes / kPair<T>,
+                                              q_steps.data, q_steps.stride, dk, sums.dk.stride_s);
         const auto k_steps = kPair<T> == 1 && k_rows.stride == dim
                                  ? k_rows
                                  : steps_of(k, f.k.stride_s, keys, dim, a.k_steps);
-        multiply<Layout::kColumns, Start::kAdd>(
+        multiply<Layout::kColumns, Update::kAdd>(
             dot, dim, lanes, (keys + kPair<T> - 1) / kPair<T>, k_steps.data, k_steps.stride,
             a.ds_steps, lanes, a.dq, lanes, nullptr,
             prefetch_rows(at<T>(f.k, tile.b, kv_head, next), f.k.stride_s, keys, dim));
@@ -339,12 +338,11 @@ void attention_backward(const AttentionBackwardParams& p) {
                     const int b = (head + index) / f.kv_heads,
                               kv_head = (head + index) % f.kv_heads;
                     const auto sums = memory.slot(index, f.blocks.count, q_elements, k_elements);
-                    backward_chunks<T>(p, scratch.slot(slot, f.head_dim),
-                                       sums_of<T>(p, sums, b, kv_head),
-                                       {b, kv_head, cut(f.q_blocks, q_chunk),
-                                        cut(f.q_blocks, q_chunk + 1), cut(f.blocks.count, k_chunk),
-                                        cut(f.blocks.count, k_chunk + 1), round == 0,
-                                        round == chunks - 1});
+                    backward_chunks<T>(
+                        p, scratch.slot(slot, f.head_dim), sums_of<T>(p, sums, b, kv_head),
+                        {b, kv_head, cut(f.q_blocks, q_chunk), cut(f.q_blocks, q_chunk + 1),
+                         cut(f.blocks.count, k_chunk), cut(f.blocks.count, k_chunk + 1), round == 0,
+                         round == chunks - 1});
                 });
             }
     });

@@ -1,6 +1,9 @@
 // C[r, l] (+)= sum_k A(r, k) B[k, l] in registers: each A(r, k) is broadcast from memory and
 // multiplies a row of B, whose lanes lie along the vectors.
 //
+// The sum starts at 0 and meets C at the end. A C that gathers many products is then a sum of sums,
+// whose rounding error grows with the root of products + depth, not of products * depth.
+//
 // A is row-major, or transposed ([k, r]); nothing has to be packed. The element of A and B is a
 // float, or a pair of bfloat16 along k where the machine has their dot product; C is always float.
 #pragma once
@@ -44,26 +47,19 @@ struct Prefetch {
     }
 };
 
-enum class Layout { kRows, kColumns };      // A(r, k) is a[r * lda + k], or a[k * lda + r]
-enum class Start { kZero, kAdd, kScaled };  // C starts at 0, at C, or at C * scale[lane]
+enum class Layout { kRows, kColumns };          // A(r, k) is a[r * lda + k], or a[k * lda + r]
+enum class Update { kStore, kAdd, kScaleAdd };  // C = sum, C + sum, or C * scale[lane] + sum
 
-template <int kRows, int kVectors, Layout kLayout, Start kStart, class Dot>
+template <int kRows, int kVectors, Layout kLayout, Update kUpdate, class Dot>
 static inline void multiply_tile(int depth, const typename Dot::Element* a, int64_t lda,
                                  const typename Dot::Element* b, int64_t ldb, float* c, int64_t ldc,
                                  const float* scale) {
     using Vector = typename Dot::Vector;
     Floats sum[kRows][kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-        Floats factor{};
-        if constexpr (kStart == Start::kScaled) factor = load(scale + v * kWidth);
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-            if constexpr (kStart == Start::kZero) sum[r][v] = Floats{};
-            else sum[r][v] = load(c + r * ldc + v * kWidth);
-            if constexpr (kStart == Start::kScaled) sum[r][v] *= factor;
-        }
-    }
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = Floats{};
 #pragma GCC unroll 1
     for (int k = 0; k < depth; ++k) {
         Vector row[kVectors];
@@ -77,22 +73,30 @@ static inline void multiply_tile(int depth, const typename Dot::Element* a, int6
             for (int v = 0; v < kVectors; ++v) sum[r][v] = Dot::multiply_add(x, row[v], sum[r][v]);
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) store(c + r * ldc + v * kWidth, sum[r][v]);
-}
-
-// `rows` <= kRows rows.
-template <int kRows, int kVectors, Layout kLayout, Start kStart, class Dot, class... Args>
-static inline void multiply_rest(int rows, Args... args) {
-    if constexpr (kRows > 0) {
-        if (rows == kRows) multiply_tile<kRows, kVectors, kLayout, kStart, Dot>(args...);
-        else multiply_rest<kRows - 1, kVectors, kLayout, kStart, Dot>(rows, args...);
+    for (int v = 0; v < kVectors; ++v) {
+        Floats factor{};
+        if constexpr (kUpdate == Update::kScaleAdd) factor = load(scale + v * kWidth);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            float* at = c + r * ldc + v * kWidth;
+            if constexpr (kUpdate == Update::kAdd) sum[r][v] += load(at);
+            if constexpr (kUpdate == Update::kScaleAdd) sum[r][v] += load(at) * factor;
+            store(at, sum[r][v]);
+        }
     }
 }
 
-template <int kVectors, Layout kLayout, Start kStart, class Dot>
+// `rows` <= kRows rows.
+template <int kRows, int kVectors, Layout kLayout, Update kUpdate, class Dot, class... Args>
+static inline void multiply_rest(int rows, Args... args) {
+    if constexpr (kRows > 0) {
+        if (rows == kRows) multiply_tile<kRows, kVectors, kLayout, kUpdate, Dot>(args...);
+        else multiply_rest<kRows - 1, kVectors, kLayout, kUpdate, Dot>(rows, args...);
+    }
+}
+
+template <int kVectors, Layout kLayout, Update kUpdate, class Dot>
 static void multiply_panel(int rows, int depth, const typename Dot::Element* a, int64_t lda,
                            const typename Dot::Element* b, int64_t ldb, float* c, int64_t ldc,
                            const float* scale, const Prefetch& prefetch) {
@@ -102,23 +106,23 @@ static void multiply_panel(int rows, int depth, const typename Dot::Element* a, 
     int r = 0;
     for (; r + kRows <= rows; r += kRows) {
         prefetch.step(r, r + kRows, rows);
-        multiply_tile<kRows, kVectors, kLayout, kStart, Dot>(depth, a + r * row_step(lda), lda, b,
-                                                             ldb, c + r * ldc, ldc, scale);
+        multiply_tile<kRows, kVectors, kLayout, kUpdate, Dot>(depth, a + r * row_step(lda), lda, b,
+                                                              ldb, c + r * ldc, ldc, scale);
     }
     prefetch.step(r, rows, rows);
-    multiply_rest<kRows - 1, kVectors, kLayout, kStart, Dot>(rows - r, depth, a + r * row_step(lda),
-                                                             lda, b, ldb, c + r * ldc, ldc, scale);
+    multiply_rest<kRows - 1, kVectors, kLayout, kUpdate, Dot>(
+        rows - r, depth, a + r * row_step(lda), lda, b, ldb, c + r * ldc, ldc, scale);
 }
 
 // `lanes` is a multiple of kLanes; `depth` counts elements, so pairs for BFloat16Dot.
-template <Layout kLayout, Start kStart, class Dot>
+template <Layout kLayout, Update kUpdate, class Dot>
 static void multiply(Dot, int rows, int lanes, int depth, const typename Dot::Element* a,
                      int64_t lda, const typename Dot::Element* b, int64_t ldb, float* c,
                      int64_t ldc, const float* scale = nullptr, const Prefetch& prefetch = {}) {
     for_panels(lanes, [&](auto vectors, int lane) {
-        multiply_panel<decltype(vectors)::value, kLayout, kStart, Dot>(
+        multiply_panel<decltype(vectors)::value, kLayout, kUpdate, Dot>(
             rows, depth, a, lda, b + lane, ldb, c + lane, ldc,
-            kStart == Start::kScaled ? scale + lane : nullptr, lane ? Prefetch{} : prefetch);
+            kUpdate == Update::kScaleAdd ? scale + lane : nullptr, lane ? Prefetch{} : prefetch);
     });
 }
 

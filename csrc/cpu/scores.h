@@ -39,8 +39,8 @@ static inline void score_rows(const ScoresParams& p, int b, int h, int first, in
         p.q_mean + ((static_cast<int64_t>(b) * p.heads + h) * p.q_blocks + first) * p.head_dim;
     const float* k =
         p.k_mean + (static_cast<int64_t>(b) * p.kv_heads + kv_head) * p.head_dim * padded;
-    multiply<Layout::kRows, Start::kZero>(FloatDot{}, n, padded, p.head_dim, q, p.head_dim, k,
-                                          padded, rows, padded);
+    multiply<Layout::kRows, Update::kStore>(FloatDot{}, n, padded, p.head_dim, q, p.head_dim, k,
+                                            padded, rows, padded);
     for (int i = 0; i < n; ++i) {
         const bool is_extra = p.q_block_offset + first + i >= p.blocks.grid_count;
         softmax_row(rows + i * padded, is_extra ? 0 : p.blocks.grid_count, padded, p.scale);
