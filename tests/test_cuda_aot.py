@@ -83,15 +83,19 @@ def test_registers_are_within_what_is_granted(kernels):
 
 
 def test_the_grants_fit_the_chip(attention, kernels):
-    """One warp group copies, the others multiply; all registers are given out at launch."""
+    """One warp group copies, the others multiply, and what they ask for was given at launch.
+
+    A warp group that asks for more than is there would wait for ever.
+    """
     (kernel,) = (k for k in kernels.values() if re.search(attention.pattern, k.name))
-    assert REGISTERS // kernel.registers // 128 == attention.warps + 1
+    at_launch = 128 * (attention.warps + 1) * kernel.registers
+    assert at_launch <= REGISTERS
     grants = {i.opcode: int(i.operands.split(",")[-1], 16) for i in kernel.find("USETMAXREG")}
     (multiply,) = (
         count for opcode, count in grants.items() if "ALLOC" in opcode and "DE" not in opcode
     )
     (copy,) = (count for opcode, count in grants.items() if "DEALLOC" in opcode)
-    assert 128 * (attention.warps * multiply + copy) <= REGISTERS
+    assert 128 * (attention.warps * multiply + copy) <= at_launch
 
 
 def test_attention_multiplies_on_tensor_cores_and_copies_asynchronously(kernels):

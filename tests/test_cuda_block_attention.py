@@ -111,6 +111,16 @@ def test_slices_of_the_queries(first, last):
     assert_exact(q[:, :, rows], k, v, keep[:, :, first:last], grid, first)
 
 
+@pytest.mark.parametrize("amplitude", [30, 100, 250])
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_large_scores(head_dim, dtype, amplitude):
+    """What dominates a row weighs 1, however coarse its score is: lse of 1e4 to 1e6."""
+    grid = TokenGrid(3, 9, 12)
+    q, k, v, _, keep = problem(grid, (2, 1), head_dim, dtype, share=0.6)
+    assert_exact(amplitude * q, amplitude * k, v, keep, grid)
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-3, 4.0])
 def test_scales(scale, head_dim):

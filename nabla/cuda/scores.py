@@ -32,11 +32,8 @@ def pooled_scores(
 def block_means(
     q: Tensor, k: Tensor, grid: TokenGrid, q_block_offset: int
 ) -> tuple[Tensor, Tensor]:
-    """Means of q [B, Hq, Nq, D] and, transposed, of k [B, Hk, D, N rounded up to 32].
-
-    What is past column N is undefined.
-    """
-    k_mean = k.new_empty(
+    """Means of q [B, Hq, Nq, D] and, transposed, of k [B, Hk, D, N rounded up to 32 with zeros]."""
+    k_mean = k.new_zeros(
         *k.shape[:2], k.shape[3], -(-grid.num_blocks // 32) * 32, dtype=torch.float32
     )
     _block_mean(k, grid, 0, grid.num_blocks, k_mean, k_mean.shape[3])

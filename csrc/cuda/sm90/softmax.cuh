@@ -1,10 +1,12 @@
 // The running softmax of 64 query rows, over blocks of 64 scores that lie in accumulators of wgmma.
 //
 // A thread has columns of rows lane / 4 and lane / 4 + 8 of its warp's 16. A score weighs
-// exp2(scale_log2 score - reference), and sums of weights are exact for any reference of a row. It
+// exp2(scale_log2 (score - reference)), and sums of weights are exact for any reference of a row. It
 // need not be the largest score: it follows one that would weigh more than 1 and more than an
 // eighth of the sum so far. So what dominates a row weighs 1, which bf16 holds exactly, and most
-// blocks move no reference, which takes shuffles and rescales what has been summed.
+// blocks move no reference, which takes shuffles and rescales what has been summed. The difference
+// comes before the scale: beside a product that was rounded, a fused one would leave the rounding of
+// large scores in the weights.
 #pragma once
 
 #include <cfloat>
@@ -40,14 +42,14 @@ class Softmax {
         float largest[2];
         find_largest(scores, largest);
         if (!ptx::any(largest[0] > reference_[0] || largest[1] > reference_[1])) return false;
-        if (!ptx::any(largest[0] > bound(0) || largest[1] > bound(1))) return false;
+        if (!ptx::any(has_to_follow(0, largest[0]) || has_to_follow(1, largest[1]))) return false;
         NABLA_UNROLL
         for (int r = 0; r < 2; ++r) {
             float reference = fmaxf(reference_[r], largest[r]);
             NABLA_UNROLL
             for (int mask = 1; mask < 4; mask *= 2)
                 reference = fmaxf(reference, ptx::shuffle_xor(reference, mask));
-            factors[r] = ptx::exp2(reference_[r] - reference);
+            factors[r] = weight(reference_[r], reference);
             reference_[r] = reference;
             sum_[r] *= factors[r];
         }
@@ -58,7 +60,7 @@ class Softmax {
     NABLA_DEVICE void exponentiate(float (&scores)[kScores]) {
         NABLA_UNROLL
         for (int i = 0; i < kScores; ++i) {
-            scores[i] = ptx::exp2(scores[i] * scale_log2_ - reference_[row_of(i)]);
+            scores[i] = weight(scores[i], reference_[row_of(i)]);
             sum_[row_of(i)] += scores[i];
         }
     }
@@ -76,7 +78,7 @@ class Softmax {
     // log(sum(exp(scale score))) of a row; -inf without scores.
     NABLA_DEVICE float lse(int r) const {
         constexpr float kLn2 = 0.693147181f;
-        return (reference_[r] + ptx::log2(sum_[r])) * kLn2;
+        return (reference_[r] * scale_log2_ + ptx::log2(sum_[r])) * kLn2;
     }
 
   private:
@@ -89,13 +91,17 @@ class Softmax {
         NABLA_UNROLL
         for (int r = 0; r < 2; ++r)
             largest[r] = fmaxf(fmaxf(parts[2 * r], parts[2 * r + 1]),
-                               fmaxf(parts[2 * r + 4], parts[2 * r + 5])) *
-                         scale_log2_;
+                               fmaxf(parts[2 * r + 4], parts[2 * r + 5]));
     }
 
-    // The score from which on a reference has to follow. fp16 has to hold the weights, too.
-    NABLA_DEVICE float bound(int r) const {
-        return reference_[r] + fminf(fmaxf(ptx::log2(sum_[r]) - 3, 0.0f), 8.0f);
+    NABLA_DEVICE float weight(float score, float reference) const {
+        return ptx::exp2((score - reference) * scale_log2_);
+    }
+
+    // Whether the reference of a row has to follow a score. fp16 has to hold the weights, too.
+    NABLA_DEVICE bool has_to_follow(int r, float score) const {
+        const float slack = fminf(fmaxf(ptx::log2(sum_[r]) - 3, 0.0f), 8.0f);
+        return (score - reference_[r]) * scale_log2_ > slack;
     }
 
     float scale_log2_;
