@@ -51,6 +51,7 @@ bench-full: $(READY)  ## those, cost over tokens, and every real workload with f
 	for preset in $(PRESETS); do $(BIN)/nabla bench $$preset --device cpu || exit 1; done
 
 bench-ci: $(READY)  ## what continuous integration keeps track of, by pytest-benchmark
+	mkdir -p out
 	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-json out/bench-ci.json
 
 results: $(READY)  ## benchmarks/results/ anew, from a clean commit on a machine that does nothing else
