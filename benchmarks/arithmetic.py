@@ -8,7 +8,8 @@ device-hours 1000 clips on one device, for the denoising alone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from benchmarks.results import OURS, Row, Run
 from benchmarks.tables import Table
@@ -23,23 +24,24 @@ NOT_OF_TIME = (
     "can be larger."
 )
 CLIPS = 1000
+UNMEASURED = "unmeasured"
+
+T = TypeVar("T")
 
 
-def bounds(run: Run | None) -> Table:
+def bounds(runs: Sequence[Run]) -> Table:
     """Every model workload: the bound by FLOPs beside the end-to-end speed-up of a run, if any."""
-    cells = []
-    for workload in WORKLOADS:
-        for density in workload.densities:
-            cells.append(
-                [
-                    workload.name,
-                    f"{density:g}",
-                    f"{workload.flops / 1e12:.1f}",
-                    f"{workload.linear_flops / 1e12:.1f}",
-                    f"{workload.bound(density):.2f}x",
-                    _end_to_end(run, workload, density),
-                ]
-            )
+    cells = [
+        [
+            workload.name,
+            f"{density:g}",
+            f"{workload.flops / 1e12:.1f}",
+            f"{workload.linear_flops / 1e12:.1f}",
+            f"{workload.bound(density):.2f}x",
+            _first_known(_end_to_end(run, workload, density) for run in runs) or UNMEASURED,
+        ]
+        for workload, density in _cases()
+    ]
     columns = (
         *("workload", "density", "attention TFLOP", "other TFLOP", "bound"),
         "measured end to end",
@@ -47,32 +49,36 @@ def bounds(run: Run | None) -> Table:
     return Table("end-to-end bound of a layer by FLOPs", columns, cells, [PAPER, NOT_OF_TIME])
 
 
-def tables(runs: Sequence[Run]) -> list[Table]:
-    """Device-hours for a thousand clips, dense against NABLA, of each run."""
-    return [_table(run) for run in runs]
-
-
-def _table(run: Run) -> Table:
+def device_hours(runs: Sequence[Run]) -> Table:
+    """Device-hours for a thousand clips, dense against NABLA, by the runs of one machine."""
     cells = []
-    for workload in WORKLOADS:
-        for density in workload.densities:
-            found = _hours(run, workload, density)
-            shown = ["unmeasured"] * 3
-            if found is not None:
-                dense, ours = found
-                shown = [f"{dense:,.0f}", f"{ours:,.0f}", f"{dense / ours:.2f}x"]
-            cells.append([workload.name, f"{density:g}", *shown, f"{workload.bound(density):.2f}x"])
-    device = "GPU" if run.about["device"] == "cuda" else "CPU"
+    for workload, density in _cases():
+        found = _first_known(_hours(run, workload, density) for run in runs)
+        shown = [UNMEASURED] * 3
+        if found is not None:
+            dense, ours = found
+            shown = [f"{dense:,.0f}", f"{ours:,.0f}", f"{dense / ours:.2f}x"]
+        cells.append([workload.name, f"{density:g}", *shown, f"{workload.bound(density):.2f}x"])
+    device = "GPU" if runs[0].about["device"] == "cuda" else "CPU"
     columns = (
         *("workload", "density", f"dense, {device}-hours", f"NABLA, {device}-hours"),
         *("speed-up", "bound"),
     )
     notes = [
-        f"  Extrapolated from rates measured in this run, on one {device}: denoising alone, "
-        "without text encoder and VAE. Rates of shorter sequences stand for the whole where the "
-        "run was reduced."
+        f"  Extrapolated from measured rates of one {device}: denoising alone, without text "
+        "encoder and VAE. Rates of shorter sequences stand for the whole where a run was reduced."
     ]
     return Table(f"{CLIPS:,} clips: device-hours", columns, cells, notes)
+
+
+def _cases() -> Iterator[tuple[Workload, float]]:
+    for workload in WORKLOADS:
+        for density in workload.densities:
+            yield workload, density
+
+
+def _first_known(found: Iterable[T | None]) -> T | None:
+    return next((value for value in found if value is not None), None)
 
 
 def _hours(run: Run, workload: Workload, density: float) -> list[float] | None:
@@ -103,14 +109,15 @@ def _seconds(row: Row) -> float:
     return row.seconds.median
 
 
-def _end_to_end(run: Run | None, workload: Workload, density: float) -> str:
-    """The speed-up of a step of this run; or that there is none."""
-    for row in run.rows if run is not None else ():
+def _end_to_end(run: Run, workload: Workload, density: float) -> str | None:
+    """The speed-up of a step of this run; None if it has not measured it."""
+    for row in run.rows:
         of_step = (row.stage, row.part) == ("block", "step")
         if of_step and row.workload == workload.name and row.asked == density and row.speedup:
-            note = f"{row.speedup:.2f}x, a step of {row.values['layers']} layers"
+            layers = row.values["layers"]
+            note = f"{row.speedup:.2f}x, a step of {layers} layer{'s' if layers > 1 else ''}"
             if row.reduced:
                 note += f" at {row.reduced}, density {row.density:.2f}, bound there "
                 note += f"{row.values['bound']:.2f}x"
             return note
-    return "unmeasured"
+    return None

@@ -59,19 +59,19 @@ def rendered(text: str, runs: dict[str, Run]) -> str:
 
 
 def page(runs: dict[str, Run]) -> str:
-    """The page of arithmetic."""
+    """The page of arithmetic: by machine, what its runs have measured together."""
     parts = [
         "# Arithmetic at scale",
         "Made by `make readme` from the results in this folder. What a layer can gain is bounded "
         "by its FLOPs outside attention; what a thousand clips cost follows from measured rates.",
     ]
-    for name, run in runs.items():
-        for table in (arithmetic.bounds(run), *arithmetic.tables([run])):
-            is_empty = all("unmeasured" in cells for cells in table.cells)
-            if is_empty and table.title.startswith("1,000"):
-                continue
-            parts += [f"## {name}: {table.title}", describe(run.about), table.markdown()]
-            parts += [note.strip() for note in table.notes]
+    machines: dict[str, list[Run]] = {}
+    for run in runs.values():
+        machines.setdefault(describe(run.about), []).append(run)
+    for machine, of_machine in machines.items():
+        parts += [f"## {machine}"]
+        for table in (arithmetic.bounds(of_machine), arithmetic.device_hours(of_machine)):
+            parts += [f"### {table.title}", table.markdown(), *map(str.strip, table.notes)]
     if not any(run.about["device"] == "cuda" for run in runs.values()):
         parts += ["## GPU", f"{UNMEASURED} `make gpu-check` measures it."]
     return "\n\n".join(parts) + "\n"
@@ -128,15 +128,10 @@ def mask_table(runs: dict[str, Run]) -> str:
 def end_to_end_table(runs: dict[str, Run]) -> str:
     """The bound by FLOPs of every model workload, beside what was measured."""
     measured = [run for run in runs.values() if run.measured("block")]
-    cells = []
-    for index, line in enumerate(arithmetic.bounds(None).cells):
-        found = [arithmetic.bounds(run).cells[index][-1] for run in measured]
-        known = [value for value in found if value != "unmeasured"]
-        cells.append([*line[:-1], known[0] if known else "unmeasured"])
-    columns = ("workload", "density", "attention TFLOP", "other TFLOP", "bound", "end to end")
+    table = arithmetic.bounds(measured)
     quoted = "; ".join(dict.fromkeys(describe(run.about) for run in measured))
     note = f"End to end: {quoted}." if quoted else UNMEASURED
-    return f"{Table('', columns, cells).markdown()}\n\n{note}"
+    return f"{table.markdown()}\n\n{note}"
 
 
 TABLES: dict[str, Callable[[dict[str, Run]], str]] = {

@@ -141,7 +141,7 @@ def summary(run: Run) -> list[Table]:
         found.append(Table("time over tokens: factor * tokens^exponent", columns, fits))
     extrapolated = [row for row in run.rows if row.status == "extrapolated"]
     found += table(extrapolated, run.limits)
-    found.append(arithmetic.bounds(run))
+    found.append(arithmetic.bounds([run]))
     return found
 
 
@@ -268,7 +268,7 @@ an interval that holds the true one with 95 % confidence. E = density &times; de
 FLOPs are those of kept blocks. What is less exact than the tolerance policy asks gets no time.</p>
 <div class="pictures">{images}</div>
 <h2>Summary</h2>{summaries}
-<h2>Internet scale</h2>{"".join(part.html() for part in arithmetic.tables([run]))}
+<h2>Internet scale</h2>{arithmetic.device_hours([run]).html()}
 <h2>Measurements</h2>{tables}
 <h2>Not measured</h2>{unmeasured.html()}
 </body></html>

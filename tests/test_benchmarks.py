@@ -547,7 +547,7 @@ def test_clips_are_extrapolated_from_rates():
         1000 * layers * (linear + workload.flops / 1e12) / 3600,
         1000 * layers * (linear + 0.1 * workload.flops / 5e11 + 0.5 * 14) / 3600,
     )
-    (table,) = arithmetic.tables([run])
+    table = arithmetic.device_hours([run])
     (line,) = [cells for cells in table.cells if cells[:2] == ["k5-lite-10s", "0.1"]]
     assert line[2:4] == [f"{hours:,.0f}" for hours in wanted]
     assert sum("unmeasured" in cells for cells in table.cells) == len(table.cells) - 1
