@@ -89,7 +89,7 @@ class Study:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     small: int = 500
-    large: int = 300
+    large: int = 200
     draws: int = 24
     sweep_draws: int = 8
     sample_steps: int = 12
