@@ -127,7 +127,29 @@ def _forward(head_dim: int, warps: int, stages: int) -> Attention:
     )
 
 
-KERNELS = (_forward(128, warps=3, stages=6), _forward(64, warps=3, stages=12))
+def _backward(head_dim: int, stages: int) -> Iterator[Attention]:
+    """One pass for all, and the two of the deterministic mode."""
+    passes = (("", 1, 5, 1), (" of dk, dv", 0, 4, 0), (" of dq", 2, 3, 0))
+    for name, number, products, tiles_added in passes:
+        yield Attention(
+            label=f"sm_90a backward{name} D={head_dim}",
+            pattern=f"attention_backward_kernel.*8BFloat16ELi{head_dim}EL.*PassE{number}E",
+            architecture="sm_90a",
+            head_dim=head_dim,
+            warps=2,
+            sharing=2,
+            stages=stages,
+            products=products,
+            tiles_added=tiles_added,
+        )
+
+
+KERNELS = (
+    _forward(128, warps=3, stages=6),
+    _forward(64, warps=3, stages=12),
+    *_backward(128, stages=3),
+    *_backward(64, stages=8),
+)
 
 
 def module_file() -> Path:

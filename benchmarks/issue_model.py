@@ -130,14 +130,14 @@ class Step(NamedTuple):
     barrier: str  # "turn", "pass", "meet" or empty
 
 
-def steps_of(path: Iterable[Instruction], chip: Chip, filled_bytes: float = 0) -> tuple[Step, ...]:
-    """Prepare a way through a loop; `filled_bytes` are copied into shared memory meanwhile."""
+def steps_of(path: Iterable[Instruction], chip: Chip, copied_bytes: float = 0) -> tuple[Step, ...]:
+    """Prepare a way through a loop; meanwhile `copied_bytes` go into or out of shared memory."""
     path = tuple(path)
     products = sum(product_of(instruction) is not None for instruction in path)
-    return tuple(_step(i, chip, filled_bytes / products if products else 0) for i in path)
+    return tuple(_step(i, chip, copied_bytes / products if products else 0) for i in path)
 
 
-def _step(instruction: Instruction, chip: Chip, filled_bytes: float) -> Step:
+def _step(instruction: Instruction, chip: Chip, copied_bytes: float) -> Step:
     pipe = PIPE_OF.get(instruction.name, "")
     product = product_of(instruction)
     latency = chip["latency of exp2"] if pipe == "exp2" else chip["latency of shared memory"]
@@ -145,7 +145,7 @@ def _step(instruction: Instruction, chip: Chip, filled_bytes: float) -> Step:
     cycles = 0.0
     if product:
         pipe, cycles = "tensor", product.flop / chip["tensor"]
-        moved = product.shared_bytes + (filled_bytes if product.is_asynchronous else 0)
+        moved = product.shared_bytes + (copied_bytes if product.is_asynchronous else 0)
     elif pipe == "memory":
         cycles = max(chip.cycles("shuffle"), moved / chip["shared"])
     elif pipe:
@@ -174,10 +174,11 @@ def _barrier(instruction: Instruction) -> str:
     if instruction.name != "BAR":
         return ""
     name, *count = (operand.strip() for operand in instruction.operands.split(","))
+    if count and count[0] in ("0x20", "0x80"):
+        return ""  # the own warp or warp group only
     if name.startswith("R"):
         return "pass" if ".ARV" in instruction.opcode else "turn"
-    own_group_only = bool(count) and count[0] in ("0x20", "0x80")
-    return "" if own_group_only or ".ARV" in instruction.opcode else "meet"
+    return "" if ".ARV" in instruction.opcode else "meet"
 
 
 class Warp:
@@ -335,12 +336,12 @@ class Attention:
     architecture: str
     head_dim: int
     warps: int  # of a CTA on a sub-partition: warp groups on sm_90a
-    sharing: float  # query blocks that one load of a block into shared memory serves
+    sharing: float  # blocks of a CTA that one load of a block into shared memory serves
     stages: int  # rounds of the loop that the ring of a CTA holds
     ctas: int = 1  # on a multiprocessor
-    products: int = 2  # matrix products of a 64x64 block: 2 forward, 5 backward
+    products: int = 2  # matrix products of a 64x64 block: 2 forward, 5 backward in one pass
     tiles_loaded: int = 2  # [64, head_dim] of 2 bytes, for each block
-    tiles_added: int = 0  # [64, head_dim] of 4 bytes, reduced in global memory
+    tiles_added: int = 0  # [64, head_dim] of 4 bytes that it adds in global memory
     multicast: int = 1  # CTAs that one read of L2 serves
 
     @property
@@ -348,14 +349,18 @@ class Attention:
         """Of a 64x64 block."""
         return 2 * self.products * BLOCK * BLOCK * self.head_dim
 
+    @property
+    def added_bytes(self) -> float:
+        """Copied out of shared memory for a 64x64 block."""
+        return 4 * BLOCK * self.head_dim * self.tiles_added
+
     def filled_bytes(self, union: float) -> float:
         """Copied into shared memory for a 64x64 block."""
         return 2 * BLOCK * self.head_dim * self.tiles_loaded * union / self.sharing
 
     def l2_bytes(self, union: float) -> float:
         """To and from L2 for a 64x64 block."""
-        added = 4 * BLOCK * self.head_dim * self.tiles_added * union / self.sharing
-        return self.filled_bytes(union) / self.multicast + added
+        return self.filled_bytes(union) / self.multicast + self.added_bytes
 
 
 class Bound(NamedTuple):
@@ -393,8 +398,8 @@ def bound(loop: Loop, attention: Attention, union: float = 1.0) -> Bound:
     chip = Chip(attention.architecture)
     flop = sum(product.flop for i in loop.path if (product := product_of(i)))
     blocks = flop / attention.flop  # of one warp in one way through the loop
-    filled = attention.filled_bytes(union)
-    kept = steps_of(loop.path, chip, filled * blocks)
+    copied = attention.filled_bytes(union) + attention.added_bytes
+    kept = steps_of(loop.path, chip, copied * blocks)
     skipped = steps_of(loop.skip, chip)
     programs = _programs(kept, skipped, attention.warps, union)
     length = len(programs[0])

@@ -127,8 +127,17 @@ struct AttentionBackwardParams {
     AttentionParams forward;      // out and lse are inputs
     View dout;                    // [B, Hq, Sq, D]
     const float* dlse;            // [B, Hq, Sq]; null for zero
-    float* delta;                 // [B, Hq, Sq] workspace: rowsum(dout * out) - dlse
     View dq, dk, dv;              // like q, k, v
+    // Workspace: delta = rowsum(dout * out) - dlse. On a CPU, [B, Hq, Sq]. On CUDA, [B, Hq, Nq, 2, 64]:
+    // lse * log2(e) and delta of each query block; +inf and 0 past the end of a short one.
+    float* delta;
+    // Of CUDA only.
+    const uint32_t* columns;   // [B, Hq, N, ceil(Nq / 32)], transposed bits, zero past Nq
+    int64_t columns_stride_b;  // words, may be 0
+    int64_t columns_stride_h;  // words, may be 0
+    // Workspace [B, Hq, Nq, 64, D], to which dq is added, in an order that the kernels choose. Null:
+    // dq is summed in one order, and has the same bits each time.
+    float* dq_sums;
 };
 
 }  // namespace nabla

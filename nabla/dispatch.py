@@ -2,8 +2,7 @@
 
 A backend is a package with one module per stage (scores, block_mask, block_attention); every
 backend has the same functions. "auto" takes the first one below that fits, Triton's interpreter
-(which is slow) after all others; a backend that is named is used or refused, never replaced. Only
-gradients of a backend without backward kernels are those of the backend that it names.
+(which is slow) after all others; a backend that is named is used or refused, never replaced.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ class Backend:
         architectures: Compute capabilities of CUDA devices, such as 90.
         is_automatic: Whether "auto" may choose it.
         package: The package of its modules, if that has another name.
-        gradients: The backend that computes its gradients, if it has no backward kernels.
     """
 
     name: str
@@ -51,7 +49,6 @@ class Backend:
     architectures: Sequence[int] = range(1000)
     is_automatic: bool = True
     package: str | None = None
-    gradients: str | None = None
 
     def refusal(
         self,
@@ -160,7 +157,6 @@ BACKENDS = (
         (64,),
         _cuda_unavailable,
         architectures=CUDA_ARCHITECTURES,
-        gradients="triton",
     ),
     Backend(
         "triton",
@@ -195,7 +191,6 @@ BACKENDS = (
         _emulation_unavailable,
         is_automatic=False,
         package="cuda",
-        gradients="cpu",
     ),
 )
 
@@ -260,30 +255,18 @@ def _is_slow(backend: Backend) -> bool:
 
 
 def implementation(
-    stage: str,
-    backend: str,
-    x: torch.Tensor,
-    head_dim: int | None,
-    block_size: int,
-    *,
-    is_backward: bool = False,
+    stage: str, backend: str, x: torch.Tensor, head_dim: int | None, block_size: int
 ) -> ModuleType:
-    """Return the module that computes a stage, or its gradients, for tensors like x."""
-
-    def resolved(backend: str) -> Backend:
-        name = resolve(
-            backend,
-            device=x.device.type,
-            head_dim=head_dim,
-            dtype=x.dtype,
-            block_size=block_size,
-            architecture=architecture(x.device),
-        )
-        return next(candidate for candidate in BACKENDS if candidate.name == name)
-
-    chosen = resolved(backend)
-    if is_backward and chosen.gradients is not None:
-        chosen = resolved(chosen.gradients)
+    """Return the module that computes a stage for tensors like x."""
+    name = resolve(
+        backend,
+        device=x.device.type,
+        head_dim=head_dim,
+        dtype=x.dtype,
+        block_size=block_size,
+        architecture=architecture(x.device),
+    )
+    chosen = next(candidate for candidate in BACKENDS if candidate.name == name)
     return importlib.import_module(f"nabla.{chosen.package or chosen.name}.{stage}")
 
 

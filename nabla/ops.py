@@ -112,9 +112,7 @@ def _(q, k, v, bits, grid, q_block_offset, scale, backend):
 @_register("attention_bwd")
 def _(dout, dlse, q, k, v, out, lse, bits, grid, q_block_offset, scale, backend):
     grid = TokenGrid.from_ints(grid)
-    attention = dispatch.implementation(
-        "block_attention", backend, q, q.shape[-1], grid.block_size, is_backward=True
-    )
+    attention = dispatch.implementation("block_attention", backend, q, q.shape[-1], grid.block_size)
     return attention.attention_bwd(dout, dlse, q, k, v, out, lse, bits, grid, q_block_offset, scale)
 
 

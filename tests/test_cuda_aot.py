@@ -16,13 +16,25 @@ NVCC = Path(__file__).parent.parent / "csrc/cuda/checked_nvcc.py"
 REGISTERS = 65536  # of a multiprocessor
 TENSOR_CORES = {"sm_90a": "HGMMA"}  # elsewhere HMMA
 COPIES = {"sm_90a": ("UTMALDG", "UBLKCP")}  # elsewhere LDGSTS, which is cp.async
-AT_LEAST = {"sm_90a forward D=128": 600, "sm_90a forward D=64": 480}  # TFLOP/s, of a union of 1.1
+ADDS = {"sm_90a": "UBLKRED"}  # of bulk copies
+AT_LEAST = {  # TFLOP/s, of a union of 1.1
+    "sm_90a forward D=128": 600,
+    "sm_90a forward D=64": 480,
+    "sm_90a backward D=128": 520,
+    "sm_90a backward of dk, dv D=128": 660,
+    "sm_90a backward of dq D=128": 640,
+    "sm_90a backward D=64": 450,
+    "sm_90a backward of dk, dv D=64": 560,
+    "sm_90a backward of dq D=64": 480,
+}
 
 
 def label(kernel):
     """The name of a kernel and its template arguments, from its mangled name."""
     name = re.search(r"\d([a-z_]+_kernel)I?", kernel.name)
-    arguments = re.findall(r"\d(BFloat16|Float16)|Li(\d+)E|Lb([01])E", kernel.name[name.end() :])
+    arguments = re.findall(
+        r"\d(BFloat16|Float16)|Li(\d+)E|Lb([01])E|(PassE\d)E", kernel.name[name.end() :]
+    )
     text = ", ".join("".join(argument) for argument in arguments)
     return f"{kernel.architecture} {name[1]}<{text}>"
 
@@ -99,11 +111,21 @@ def test_the_grants_fit_the_chip(attention, kernels):
 
 
 def test_attention_multiplies_on_tensor_cores_and_copies_asynchronously(kernels):
-    attention = {n: k for n, k in kernels.items() if re.search(r"attention\w*_kernel<", n)}
+    pattern = r"attention_(forward|backward)_kernel<"
+    attention = {n: k for n, k in kernels.items() if re.search(pattern, n)}
     assert attention
     for name, kernel in attention.items():
         assert kernel.find(TENSOR_CORES.get(kernel.architecture, "HMMA")), name
         assert kernel.find(*COPIES.get(kernel.architecture, ("LDGSTS",))), name
+
+
+def test_one_pass_of_the_backward_adds_to_dq_by_bulk_copies(kernels):
+    """The passes of the deterministic mode add nothing in global memory."""
+    backward = {n: k for n, k in kernels.items() if "attention_backward_kernel" in n}
+    for name, kernel in backward.items():
+        adds = kernel.find("RED", "ATOMG", *ADDS.values())
+        names = {i.name for i in adds}
+        assert names == ({ADDS[kernel.architecture]} if "PassE1" in name else set()), name
 
 
 def test_selection_multiplies_exactly(kernels):

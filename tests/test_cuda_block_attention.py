@@ -205,15 +205,15 @@ def test_poison_reaches_who_attends_to_it_and_no_one_else(which, poison):
 
 
 @pytest.mark.parametrize("size, frame_blocks", [*itertools.product((2, 3), (1, 2, 5))])
-def test_groups_take_every_query_block_once(size, frame_blocks):
+def test_groups_take_every_block_once(size, frame_blocks):
     """Those of one place in frames in a row, as long as there are whole chunks of frames."""
-    for q_blocks in range(1, 41):
-        groups = emulated.probes.query_groups(size, q_blocks, frame_blocks)
+    for count in range(1, 41):
+        groups = emulated.probes.block_groups(size, count, frame_blocks)
         assert all(len(group) == size for group in groups)
         blocks = [block for group in groups for block in group if block >= 0]
-        assert sorted(blocks) == list(range(q_blocks))
-        assert len(groups) == -(-q_blocks // size)
-        chunked = q_blocks // (size * frame_blocks) * frame_blocks
+        assert sorted(blocks) == list(range(count))
+        assert len(groups) == -(-count // size)
+        chunked = count // (size * frame_blocks) * frame_blocks
         for group in groups[:chunked]:
             assert [b - a for a, b in itertools.pairwise(group)] == [frame_blocks] * (size - 1)
 

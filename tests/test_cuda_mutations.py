@@ -16,6 +16,7 @@ from torch import Tensor
 import nabla
 from nabla import _cuda_emulated as emulated
 from nabla import cuda
+from nabla.cuda import block_attention
 from nabla.cuda.block_mask import transposed_bits
 
 SOURCES = Path(__file__).parent.parent / "csrc"
@@ -79,6 +80,26 @@ def attention_case(head_dim: int, dtype: torch.dtype, frames: int) -> Case:
     return Case(f"attention of D = {head_dim}", run)
 
 
+def gradient_case(head_dim: int, dtype: torch.dtype, frames: int, *, is_fast: bool) -> Case:
+    """Rows and columns longer than the ring, of several heads; short blocks, gaps, and nothing."""
+    grid = nabla.TokenGrid(frames=frames, height=8, width=20)
+    q, k, v, dout = torch.randn(4, 1, 2, grid.num_tokens, head_dim).to(dtype).unbind()
+    k, v = k[:, :1], v[:, :1]
+    rows = grid.num_blocks // frames + 1  # a frame, and a row of the next
+    keep = torch.rand(1, 2, rows, grid.num_blocks) < 0.6
+    keep[:, :, 1] = keep[..., 1] = keep[..., 1:-1, 2] = False
+    mask = nabla.BlockMask.from_dense(keep, grid=grid)
+    q, dout = (x[:, :, : grid.block_start(rows)] for x in (q, dout))
+    attention = (mask.bits, grid, 0, head_dim**-0.5)
+    out, lse = block_attention.attention_fwd(q, k, v, *attention)
+
+    def run() -> tuple[Tensor, ...]:
+        torch.use_deterministic_algorithms(not is_fast)
+        return block_attention.attention_bwd(dout, None, q, k, v, out, lse, *attention)
+
+    return Case(f"{'fast' if is_fast else 'deterministic'} gradients of D = {head_dim}", run)
+
+
 def outcome(case: Case, schedule: str, seed: int, ignored: str = "") -> tuple[Tensor, ...] | None:
     """The result, or None where the emulator reports a fault."""
     with cuda.emulation(schedule=schedule, seed=seed, ignored=ignored):
@@ -138,7 +159,11 @@ def cases() -> list[Case]:
         attention_case(64, torch.bfloat16, frames=5),
         attention_case(128, torch.float16, frames=3),
     ]
-    return [mask_case(), scores_case(), transposed_case(), *attention_cases]
+    gradient_cases = [
+        gradient_case(64, torch.float16, frames=2, is_fast=True),
+        gradient_case(128, torch.bfloat16, frames=2, is_fast=False),
+    ]
+    return [mask_case(), scores_case(), transposed_case(), *attention_cases, *gradient_cases]
 
 
 @pytest.mark.parametrize(

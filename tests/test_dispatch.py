@@ -124,20 +124,6 @@ def test_without_a_gpu_cuda_says_why_it_is_not_there(
     assert status.reason.startswith(expected)
 
 
-def test_gradients_are_those_of_the_backend_that_has_them(monkeypatch):
-    """Out and lse of one backend, gradients of another, until it has its own."""
-    borrowing = dataclasses.replace(
-        dispatch.BACKENDS[-2], name="borrowing", package="reference", gradients="cpu"
-    )
-    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, borrowing))
-    x = torch.zeros(1, 1, 64, 64)
-    for is_backward, module in ((False, "nabla.reference"), (True, "nabla.cpu")):
-        chosen = dispatch.implementation(
-            "block_attention", "borrowing", x, 64, 64, is_backward=is_backward
-        )
-        assert chosen.__name__ == f"{module}.block_attention"
-
-
 def test_a_missing_backend_says_why_and_what_is_there(monkeypatch):
     missing = dispatch.Backend(
         "missing", ("cpu",), (torch.float32,), (64,), (64,), lambda: "its module is not built"

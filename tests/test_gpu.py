@@ -188,6 +188,55 @@ def test_compiled(kernels):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_that_need_not_be_deterministic(kernels, head_dim, dtype):
+    torch.use_deterministic_algorithms(False)
+    check(*problem(GRID, (4, 2), head_dim, dtype, batch=2), GRID, kernels)
+
+
+@pytest.mark.parametrize("is_deterministic", [True, False], ids=["deterministic", "fast"])
+def test_a_captured_training_step(kernels, is_deterministic):
+    """Mask, attention, gradients and the optimizer in one graph, against steps in eager mode."""
+    torch.use_deterministic_algorithms(is_deterministic)
+    x, target = torch.randn(2, 1, GRID.num_tokens, 2, 64, dtype=torch.bfloat16)
+    start = torch.randn(3, 64, 64, dtype=torch.bfloat16) / 8
+
+    def training():
+        weights = start.clone().requires_grad_()
+        optimizer = torch.optim.SGD([weights], lr=1e-4)
+
+        def step():
+            q, k, v = ((x @ w).transpose(1, 2) for w in weights)
+            out = nabla.attention(q, k, v, **OPTIONS, backend=kernels).transpose(1, 2)
+            optimizer.zero_grad(set_to_none=False)
+            (out.float() - target.float()).square().sum().backward()
+            optimizer.step()
+
+        weights.grad = torch.zeros_like(weights)
+        return weights, step
+
+    eager, step = training()
+    for _ in range(4):
+        step()
+    captured, step = training()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):
+        graph.replay()
+    if is_deterministic:
+        assert torch.equal(captured, eager)
+    else:
+        torch.testing.assert_close(captured, eager, atol=2e-2, rtol=2e-2)
+    assert not torch.equal(captured, start)
+
+
 def test_deterministic(kernels):
     inputs = requiring_grad(*tensors(TokenGrid(6, 40, 40), heads=8))
     first = attend(*inputs, kernels, grid=(6, 40, 40))

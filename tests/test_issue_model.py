@@ -95,7 +95,7 @@ def test_rates(path, warps, cycles):
 def test_shared_memory_holds_up_products():
     """Both operands of 64x64x16 from shared memory take all of its bandwidth, without copies."""
     chip = Chip("sm_90a")
-    steps = steps_of(group("64x64x16", ""), chip, filled_bytes=4 * 2048)
+    steps = steps_of(group("64x64x16", ""), chip, copied_bytes=4 * 2048)
     assert simulate([[steps]], chip, stages=100) == pytest.approx(4 * 48, rel=0.02)
 
 

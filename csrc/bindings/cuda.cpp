@@ -58,6 +58,7 @@ std::string problem(const Params& p) {
            std::to_string(p.blocks.count) + " blocks";
 }
 std::string problem(const BlockMaskParams& p) { return problem(p.scores); }
+std::string problem(const AttentionBackwardParams& p) { return problem(p.forward); }
 
 // Define name(architecture, **fields), which queues one stage; its errors name the problem.
 template <class Params>
@@ -93,4 +94,6 @@ PYBIND11_MODULE(NABLA_MODULE, m) {
     nabla::define_launch(m, "transpose", nabla::transpose_params, &Kernels::transpose);
     nabla::define_launch(m, "attention_forward", nabla::attention_params,
                          &Kernels::attention_forward);
+    nabla::define_launch(m, "attention_backward", nabla::attention_backward_params,
+                         &Kernels::attention_backward);
 }

@@ -150,10 +150,15 @@ inline AttentionBackwardParams attention_backward_params(const Fields& f) {
     p.forward = attention_params(f);
     p.dout = f.view("dout");
     p.dlse = f.pointer<const float>("dlse");
-    p.delta = f.pointer<float>("delta");
     p.dq = f.view("dq");
     p.dk = f.view("dk");
     p.dv = f.view("dv");
+    p.delta = f.pointer<float>("delta");
+    const bool is_cuda = f.has("columns");
+    p.columns = is_cuda ? f.pointer<const uint32_t>("columns") : nullptr;
+    p.columns_stride_b = is_cuda ? f.get<int64_t>("columns_stride_b") : 0;
+    p.columns_stride_h = is_cuda ? f.get<int64_t>("columns_stride_h") : 0;
+    p.dq_sums = is_cuda ? f.pointer<float>("dq_sums") : nullptr;
     return p;
 }
 

@@ -28,4 +28,37 @@ NABLA_HOST_DEVICE BlockRun block_run(const Blocks& blocks, int32_t block) {
     return {t * g.height * g.width + frames * (h * g.width + height * w), frames * height * width};
 }
 
+NABLA_HOST_DEVICE bool has_short_blocks(const Grid& g) {
+    return g.frames % g.block_frames || g.height % g.block_height || g.width % g.block_width ||
+           g.extra % (g.block_frames * g.block_height * g.block_width);
+}
+
+// Blocks first .. first + count - 1 of a grid. Blocks and tokens count from the first of them.
+class BlockSlice {
+  public:
+    NABLA_HOST_DEVICE BlockSlice(const Blocks& blocks) : BlockSlice(blocks, 0, blocks.count) {}
+    NABLA_HOST_DEVICE BlockSlice(const Blocks& blocks, int32_t first, int32_t count)
+        : blocks_(blocks), first_(first), count_(count), start_(block_run(blocks, first).first) {}
+
+    NABLA_HOST_DEVICE int32_t count() const { return count_; }
+    NABLA_HOST_DEVICE BlockRun run(int32_t block) const {
+        const BlockRun run = block_run(blocks_, first_ + block);
+        return {run.first - start_, run.size};
+    }
+    NABLA_HOST_DEVICE int32_t tokens() const {
+        const BlockRun last = run(count_ - 1);
+        return last.first + last.size;
+    }
+
+  private:
+    const Blocks& blocks_;
+    int32_t first_, count_;
+    int32_t start_;  // of the first, tokens
+};
+
+// The blocks of q.
+NABLA_HOST_DEVICE BlockSlice query_blocks(const AttentionParams& p) {
+    return {p.blocks, p.q_block_offset, p.q_blocks};
+}
+
 }  // namespace nabla

@@ -10,6 +10,7 @@ void pooled_scores(const ScoresParams&);
 void block_mask(const BlockMaskParams&);
 void transpose(const TransposeParams&);
 void attention_forward(const AttentionParams&);
+void attention_backward(const AttentionBackwardParams&);
 }  // namespace nabla::sm90
 
 namespace nabla::cuda {
@@ -22,6 +23,7 @@ struct Kernels {
     void (*block_mask)(const BlockMaskParams&);
     void (*transpose)(const TransposeParams&);
     void (*attention_forward)(const AttentionParams&);
+    void (*attention_backward)(const AttentionBackwardParams&);
 };
 
 extern const Kernels kKernels[];

@@ -603,6 +603,13 @@ NABLA_DEVICE float reciprocal(float x) {
     return y;
 }
 
+// The lesser of two; NaN if one is.
+NABLA_DEVICE float minimum(float x, float y) {
+    float z;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+
 // Two values rounded to nearest even, the first in the low half.
 template <class T>
 NABLA_DEVICE uint32_t pack(float low, float high) {

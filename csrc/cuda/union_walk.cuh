@@ -1,4 +1,5 @@
-// The key blocks that at least one of several rows of a mask keeps, in ascending order.
+// The blocks that at least one of several rows of bits keeps, in ascending order: key blocks by the
+// rows of a mask, query blocks by its columns.
 #pragma once
 
 #include "cuda/grid.cuh"
@@ -7,8 +8,9 @@
 
 namespace nabla {
 
-// A key block of the walk.
+// A block of the walk.
 struct KeptBlock {
+    int32_t index;
     BlockRun run;
     uint32_t members;  // bit r: row r keeps it
 };
@@ -18,9 +20,9 @@ struct KeptBlock {
 template <int kRows>
 class UnionWalk {
   public:
-    // rows: the words of each row; null for a row that keeps nothing.
-    NABLA_DEVICE UnionWalk(const Blocks& blocks, const uint32_t* const (&rows)[kRows])
-        : blocks_(blocks), words_((blocks.count + 31) / 32) {
+    // rows: the words of each row, a bit for each block; null for a row that keeps nothing.
+    NABLA_DEVICE UnionWalk(const BlockSlice& blocks, const uint32_t* const (&rows)[kRows])
+        : blocks_(blocks), words_((blocks.count() + 31) / 32) {
         NABLA_UNROLL
         for (int r = 0; r < kRows; ++r) rows_[r] = rows[r];
     }
@@ -31,6 +33,7 @@ class UnionWalk {
             if (!next_word()) return false;
         const uint32_t bit = ptx::trailing_zeros(left_);
         left_ &= left_ - 1;
+        kept.index = 32 * at_ + static_cast<int32_t>(bit);
         kept.run = {ptx::shuffle(run_.first, bit), ptx::shuffle(run_.size, bit)};
         kept.members = 0;
         NABLA_UNROLL
@@ -47,20 +50,20 @@ class UnionWalk {
             word_[r] = ptx::shuffle(loaded_[r], at_ % 32);
             left_ |= word_[r];
         }
-        run_ = block_run(blocks_, 32 * at_ + static_cast<int32_t>(ptx::lane_index()));
+        run_ = blocks_.run(32 * at_ + static_cast<int32_t>(ptx::lane_index()));
         return true;
     }
 
     NABLA_DEVICE void load_words() {
         const int32_t word = at_ + static_cast<int32_t>(ptx::lane_index());
-        const int32_t bits = blocks_.count - 32 * word;  // from this word on; the rest is garbage
+        const int32_t bits = blocks_.count() - 32 * word;  // from this word on; the rest is garbage
         const uint32_t valid = bits >= 32 ? ~0u : (1u << (bits > 0 ? bits : 0)) - 1;
         NABLA_UNROLL
         for (int r = 0; r < kRows; ++r)
             loaded_[r] = rows_[r] && valid ? ptx::load_global_nc(rows_[r] + word) & valid : 0;
     }
 
-    const Blocks& blocks_;
+    const BlockSlice blocks_;
     const uint32_t* rows_[kRows];
     int32_t words_;           // of a row
     int32_t at_ = -1;         // the current word

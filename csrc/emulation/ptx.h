@@ -307,6 +307,7 @@ inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.
 inline float exp2(float x) { return flush(::exp2f(flush(x))); }
 inline float log2(float x) { return ::log2f(flush(x)); }
 inline float reciprocal(float x) { return flush(1.0f / flush(x)); }
+inline float minimum(float x, float y) { return x != x || x < y ? x : y; }
 
 template <class T>
 uint32_t pack(float low, float high, Site site = Site::here()) {

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nabla.grid import TokenGrid
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/params.h
 REASON_FILE = Path(__file__).parent.parent / "_cpu_build.txt"  # written by setup.py without kernels
 
 _forced: str | None = None
@@ -62,14 +61,17 @@ def native() -> ModuleType:
     return importlib.import_module("nabla._cpu")
 
 
-def launch(stage: str, **fields) -> None:
+def launch(stage: str, *, grid: TokenGrid, **fields) -> None:
     """Run one stage with the fields of its Params and with as many threads as torch uses.
 
     Tensors among the fields travel as pointers; `fields` holds them until the stage is done.
     """
     instruction_set = _forced or _best_instruction_set()
+    fields["starts"] = starts(grid)
     pointers = {name: _with_pointers(value) for name, value in fields.items()}
-    getattr(native(), stage)(instruction_set, threads=torch.get_num_threads(), **pointers)
+    getattr(native(), stage)(
+        instruction_set, threads=torch.get_num_threads(), grid=tuple(grid.as_ints()), **pointers
+    )
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -80,22 +82,10 @@ def empty_like(x: Tensor) -> Tensor:
     return empty
 
 
-def view(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """Return a tensor [B, H, S, D] with contiguous D as View of csrc/params.h."""
-    batch, head, token, channel = x.stride()
-    assert channel == 1 or x.shape[3] == 1, "the kernels read D as contiguous"
-    return x, batch, head, token
-
-
 @functools.lru_cache(maxsize=64)
 def starts(grid: TokenGrid) -> Tensor:
     """Return the first token of every block of a grid, then its number of tokens."""
     return grid.starts("cpu")
-
-
-def blocks(grid: TokenGrid) -> dict:
-    """Return the fields of Blocks of csrc/params.h."""
-    return dict(grid=tuple(grid.as_ints()), starts=starts(grid))
 
 
 def _with_pointers(value):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla.cpu import DTYPES, blocks, launch, view
+from nabla.cpu import launch
 from nabla.grid import TokenGrid
+from nabla.native import block_mean_fields, score_fields
 
 
 def block_mean(x: Tensor, grid: TokenGrid, block_offset: int) -> Tensor:
     """Means [B, H, N, D] of the blocks of x [B, H, S, D], the first of which is `block_offset`."""
     num_blocks = grid.count_blocks(x.shape[2], block_offset)
     mean = x.new_empty(*x.shape[:2], num_blocks, x.shape[3], dtype=torch.float32)
-    _block_mean(x, grid, block_offset, num_blocks, mean, 0)
+    _block_mean(x, grid, block_offset, mean)
     return mean
 
 
@@ -21,13 +22,12 @@ def pooled_scores(
     q: Tensor, k: Tensor, grid: TokenGrid, q_block_offset: int, scale: float
 ) -> Tensor:
     """Row-stochastic scores [B, H, Nq, Nk]; +inf where a block is always kept."""
-    means = block_means(q, k, grid, q_block_offset)
-    q_mean, _ = means
+    q_mean, k_mean = block_means(q, k, grid, q_block_offset)
     scores = q_mean.new_empty(*q_mean.shape[:3], grid.num_blocks)
     launch(
         "pooled_scores",
         scores=scores,
-        **score_fields(means, grid, q_block_offset, scale),
+        **score_fields(q_mean, k_mean, grid, q_block_offset, scale),
     )
     return scores
 
@@ -39,45 +39,12 @@ def block_means(
     k_mean = k.new_zeros(
         *k.shape[:2], k.shape[3], -(-grid.num_blocks // 32) * 32, dtype=torch.float32
     )
-    _block_mean(k, grid, 0, grid.num_blocks, k_mean, k_mean.shape[3])
+    _block_mean(k, grid, 0, k_mean, is_transposed=True)
     return block_mean(q, grid, q_block_offset), k_mean
 
 
-def score_fields(
-    means: tuple[Tensor, Tensor], grid: TokenGrid, q_block_offset: int, scale: float
-) -> dict:
-    """Fields of ScoresParams without the scores."""
-    q_mean, k_mean = means
-    batch, heads, q_blocks, head_dim = q_mean.shape
-    return dict(
-        batch=batch,
-        heads=heads,
-        kv_heads=k_mean.shape[1],
-        head_dim=head_dim,
-        q_blocks=q_blocks,
-        q_block_offset=q_block_offset,
-        scale=scale,
-        q_mean=q_mean,
-        k_mean=k_mean,
-        k_mean_stride=k_mean.shape[3],
-        **blocks(grid),
-    )
-
-
 def _block_mean(
-    x: Tensor, grid: TokenGrid, block_offset: int, num_blocks: int, mean: Tensor, mean_stride: int
+    x: Tensor, grid: TokenGrid, block_offset: int, mean: Tensor, *, is_transposed: bool = False
 ) -> None:
-    batch, heads, _, head_dim = x.shape
-    launch(
-        "block_mean",
-        dtype=DTYPES[x.dtype],
-        batch=batch,
-        heads=heads,
-        head_dim=head_dim,
-        x_blocks=num_blocks,
-        block_offset=block_offset,
-        x=view(x),
-        mean=mean,
-        mean_stride=mean_stride,
-        **blocks(grid),
-    )
+    fields = block_mean_fields(x, grid, block_offset, mean, is_transposed=is_transposed)
+    launch("block_mean", **fields)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nabla.dispatch import architecture
+from nabla.grid import TokenGrid
 
-DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/params.h
 PACKAGE = Path(__file__).parent.parent
 
 _emulated_architecture = 90
@@ -76,7 +76,9 @@ def emulation(
         emulator.configure()
 
 
-def launch(stage: str, device: torch.device, writes: Sequence[str], **fields) -> None:
+def launch(
+    stage: str, device: torch.device, writes: Sequence[str], *, grid: TokenGrid, **fields
+) -> None:
     """Queue one stage with the fields of its Params on the current stream of a device.
 
     Tensors among the fields travel as pointers; their memory is not reused before the stage is
@@ -84,6 +86,7 @@ def launch(stage: str, device: torch.device, writes: Sequence[str], **fields) ->
     `writes`, and the emulator lets them touch no other memory.
     """
     pointers = {name: _with_pointers(value) for name, value in fields.items()}
+    pointers["grid"] = tuple(grid.as_ints())
     if device.type == "cpu":
         with _touchable(fields, writes):
             getattr(native("_cuda_emulated"), stage)(_emulated_architecture, **pointers)
@@ -91,13 +94,6 @@ def launch(stage: str, device: torch.device, writes: Sequence[str], **fields) ->
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         getattr(native("_cuda"), stage)(architecture(device), stream=stream, **pointers)
-
-
-def view(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """Return a tensor [B, H, S, D] with contiguous D as View of csrc/params.h."""
-    batch, head, token, channel = x.stride()
-    assert channel == 1 or x.shape[3] == 1, "the kernels read D as contiguous"
-    return x, batch, head, token
 
 
 def with_aligned_rows(x: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""Block-sparse attention with the CUDA kernels: forward, query blocks share loads of keys."""
+"""Block-sparse attention with the CUDA kernels: blocks that meet the same ones share loads."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from nabla.cuda import DTYPES, launch, view, with_aligned_rows
+from nabla.cuda import launch, with_aligned_rows
+from nabla.cuda.block_mask import transposed_bits
 from nabla.grid import TokenGrid
+from nabla.native import attention_fields, gradient_fields, with_contiguous_rows
 
 
 def attention_fwd(
@@ -22,29 +24,46 @@ def attention_fwd(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     q, k, v = (with_aligned_rows(x) for x in (q, k, v))
-    words = bits.shape[3]
-    if bits.stride()[2:] != (words, 1):  # B and H may be expanded
-        bits = bits.contiguous()
-    launch(
-        "attention_forward",
-        q.device,
-        ["out", "lse"],
-        dtype=DTYPES[q.dtype],
-        batch=q.shape[0],
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        head_dim=q.shape[3],
-        q_blocks=bits.shape[2],
-        q_block_offset=q_block_offset,
-        grid=tuple(grid.as_ints()),
-        scale=scale,
-        q=view(q),
-        k=view(k),
-        v=view(v),
-        out=view(out),
-        lse=lse,
-        bits=bits,
-        bits_stride_b=bits.stride(0),
-        bits_stride_h=bits.stride(1),
-    )
+    fields = attention_fields(q, k, v, out, lse, bits, grid, q_block_offset, scale)
+    launch("attention_forward", q.device, ["out", "lse"], **fields)
     return out, lse
+
+
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bits: Tensor,
+    grid: TokenGrid,
+    q_block_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients (dq, dk, dv), with the strides of q, k and v.
+
+    dk and dv have the same bits each time; dq, if torch is asked for deterministic algorithms.
+    """
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dout, q, k, v, out = (with_aligned_rows(x) for x in (dout, q, k, v, out))
+    bits = with_contiguous_rows(bits)
+    columns = transposed_bits(bits, grid)
+    blocks = (*q.shape[:2], bits.shape[2])
+    delta = lse.new_empty(*blocks, 2, grid.block_size)
+    sums = None
+    if not torch.are_deterministic_algorithms_enabled():
+        sums = lse.new_empty(*blocks, grid.block_size, q.shape[3])
+    launch(
+        "attention_backward",
+        q.device,
+        ["delta", "dq_sums", "dq", "dk", "dv"],
+        columns=columns,
+        columns_stride_b=columns.stride(0),
+        columns_stride_h=columns.stride(1),
+        dq_sums=sums,
+        **attention_fields(q, k, v, out, lse.contiguous(), bits, grid, q_block_offset, scale),
+        **gradient_fields(dout, dlse, delta, dq, dk, dv),
+    )
+    return dq, dk, dv

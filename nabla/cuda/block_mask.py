@@ -6,30 +6,17 @@ import torch
 from torch import Tensor
 
 from nabla.cuda import launch
-from nabla.cuda.scores import block_means, score_fields
+from nabla.cuda.scores import block_means
 from nabla.grid import TokenGrid, Window
+from nabla.native import given_score_fields, score_fields
 
 
 def select_blocks(
     scores: Tensor, top_p: Tensor, grid: TokenGrid, window: Window | None, q_block_offset: int
 ) -> Tensor:
     """Bits [B, H, Nq, ceil(Nk / 32)]: fewest blocks of a row that hold top_p of its scores."""
-    scores = scores.contiguous()
-    batch, heads, q_blocks, _ = scores.shape
-    fields = dict(
-        batch=batch,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=0,
-        q_blocks=q_blocks,
-        q_block_offset=q_block_offset,
-        grid=tuple(grid.as_ints()),
-        scale=1.0,
-        q_mean=None,
-        k_mean=None,
-        k_mean_stride=0,
-    )
-    return _block_mask(fields, scores, top_p, grid, window)
+    fields = given_score_fields(scores.contiguous(), grid, q_block_offset)
+    return _block_mask(fields, top_p, window)
 
 
 def create_block_mask(
@@ -42,8 +29,8 @@ def create_block_mask(
     scale: float,
 ) -> Tensor:
     """Bits [B, H, Nq, ceil(Nk / 32)] of the NABLA mask of q and k."""
-    means = block_means(q, k, grid, q_block_offset)
-    return _block_mask(score_fields(means, grid, q_block_offset, scale), None, top_p, grid, window)
+    fields = score_fields(*block_means(q, k, grid, q_block_offset), grid, q_block_offset, scale)
+    return _block_mask(dict(fields, scores=None), top_p, window)
 
 
 def transposed_bits(bits: Tensor, grid: TokenGrid) -> Tensor:
@@ -61,7 +48,7 @@ def transposed_bits(bits: Tensor, grid: TokenGrid) -> Tensor:
         batch=batch,
         heads=heads,
         q_blocks=q_blocks,
-        grid=tuple(grid.as_ints()),
+        grid=grid,
         bits=bits,
         bits_stride_b=bits.stride(0),
         bits_stride_h=bits.stride(1),
@@ -70,17 +57,15 @@ def transposed_bits(bits: Tensor, grid: TokenGrid) -> Tensor:
     return columns.expand(*bits.shape[:2], -1, -1)
 
 
-def _block_mask(
-    fields: dict, scores: Tensor | None, top_p: Tensor, grid: TokenGrid, window: Window | None
-) -> Tensor:
-    shape = (fields["batch"], fields["heads"], fields["q_blocks"], -(-grid.num_blocks // 32))
+def _block_mask(fields: dict, top_p: Tensor, window: Window | None) -> Tensor:
+    words = -(-fields["grid"].num_blocks // 32)
+    shape = (fields["batch"], fields["heads"], fields["q_blocks"], words)
     top_p = top_p.contiguous()
     bits = top_p.new_empty(shape, dtype=torch.int32)
     launch(
         "block_mask",
         top_p.device,
         ["bits"],
-        scores=scores,
         top_p=top_p,
         window=window or (0, 0, 0),
         bits=bits,

@@ -11,7 +11,7 @@
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
-#include "cuda/query_groups.cuh"
+#include "cuda/block_groups.cuh"
 #include "cuda/sm90/rings.cuh"
 #include "cuda/sm90/softmax.cuh"
 #include "cuda/tensor_map.h"
@@ -53,7 +53,7 @@ struct ForwardParams {
 
 // The query blocks of a CTA. Heads are outermost, so that CTAs that run together share keys in L2.
 struct Group {
-    QueryGroups<kConsumers> groups;
+    BlockGroups<kConsumers> groups;
     int32_t batch, head, group;
 
     NABLA_DEVICE explicit Group(const AttentionParams& p)
@@ -117,11 +117,6 @@ NABLA_DEVICE void produce(const ForwardParams& params, const typename Config::Ri
     ptx::mbarrier_wait(rings.k_empty(at), at.parity() ^ 1);  // the last round's word has been read
     ptx::store_shared(rings.stage(at), Stage::end(at).bits());
     ptx::mbarrier_arrive(rings.k_full(at));
-}
-
-NABLA_DEVICE bool has_short_blocks(const Grid& g) {
-    return g.frames % g.block_frames || g.height % g.block_height || g.width % g.block_width ||
-           g.extra % kBlock;
 }
 
 // Zeroes what lies behind the end of short blocks of V, because a weight of 0 does not hide a NaN
@@ -291,9 +286,7 @@ class Consumer {
 
     // Where the rows of a query block lie in q; none for block -1.
     NABLA_DEVICE BlockRun query_rows(int32_t block) const {
-        if (block < 0) return {0, 0};
-        const BlockRun run = block_run(p_.blocks, p_.q_block_offset + block);
-        return {run.first - block_run(p_.blocks, p_.q_block_offset).first, run.size};
+        return block < 0 ? BlockRun{0, 0} : query_blocks(p_).run(block);
     }
 
     // The row of the block of accumulators i with row_of(i) == r.
@@ -336,9 +329,8 @@ class Consumer {
     // out and lse of the rows there are; 0 and -inf of one that has kept nothing.
     NABLA_DEVICE void store(const Group& group, const BlockRun& rows) {
         softmax_.gather_sums();
-        const BlockRun last = query_rows(p_.q_blocks - 1);
         const int64_t head = static_cast<int64_t>(group.batch) * p_.heads + group.head;
-        float* lse = p_.lse + head * (last.first + last.size);
+        float* lse = p_.lse + head * query_blocks(p_).tokens();
         NABLA_UNROLL
         for (int r = 0; r < 2; ++r) {
             if (thread_row(r) >= rows.size) continue;
@@ -398,7 +390,7 @@ void launch_forward(const AttentionParams& p) {
     const cuda::Extents extents = {p.batch, p.kv_heads, tokens, p.head_dim};
     const ForwardParams params = {p, cuda::boxed_tensor(p.k, extents, kBlock),
                                   cuda::boxed_tensor(p.v, extents, kBlock)};
-    const QueryGroups<kConsumers> groups = {p.q_blocks, p.blocks.nh * p.blocks.nw};
+    const BlockGroups<kConsumers> groups = {p.q_blocks, p.blocks.nh * p.blocks.nw};
     const auto ctas = static_cast<uint32_t>(p.batch * p.heads * groups.count());
     ptx::launch(attention_forward_kernel<Config>,
                 {"attention_forward", ctas, kThreads, Config::kSharedBytes, p.stream}, params);

@@ -1,6 +1,9 @@
-// Two rings of slots in shared memory, of K and of V tiles, between a producer and its consumers.
+// Rings of slots in shared memory, between a producer and its consumers.
 //
-// A stage is a slot of both rings: it holds K and V of one block, and a word that tells which.
+//   Rings     two, of K and of V tiles, which are full and empty each by itself
+//   PairRing  one of pairs of tiles, with values of their rows, full and empty together
+//
+// A stage is a slot: it holds the tiles of one block, and a word that tells which block.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -100,6 +103,51 @@ class Rings {
   private:
     static constexpr uint32_t kV = kStages * kTileBytes;
     static constexpr uint32_t kWords = 2 * kV;
+
+    NABLA_DEVICE uint32_t word(uint32_t kind, const Position& at) const {
+        return base_ + kWords + kind * kStages * 8 + at.offset();
+    }
+
+    uint32_t base_;
+};
+
+// The ring, at a shared address that is a multiple of 1024. kRowBytes: of the values beside a pair.
+template <int kStages, int kTileBytes, int kRowBytes>
+class PairRing {
+  public:
+    static constexpr uint32_t kBytes = kStages * (2 * kTileBytes + kRowBytes + 4 * 8);
+
+    NABLA_DEVICE explicit PairRing(uint32_t base) : base_(base) {}
+
+    NABLA_DEVICE uint32_t tile(int which, const Position& at) const {
+        return base_ + (2 * at.slot() + which) * kTileBytes;
+    }
+    NABLA_DEVICE uint32_t rows(const Position& at) const {
+        return base_ + kRows + at.slot() * kRowBytes;
+    }
+
+    // Barriers. Full: all may be read. Empty: all may be overwritten, once every consumer warp has
+    // arrived. Landed: tiles of a short block are there, with rows behind its end.
+    NABLA_DEVICE uint32_t full(const Position& at) const { return word(0, at); }
+    NABLA_DEVICE uint32_t empty(const Position& at) const { return word(1, at); }
+    NABLA_DEVICE uint32_t landed(const Position& at) const { return word(2, at); }
+
+    // Two words of a stage: Stage::bits(), and the number of the block.
+    NABLA_DEVICE uint32_t stage(const Position& at) const { return word(3, at); }
+
+    NABLA_DEVICE void init_barriers(int consumer_warps) const {
+        Position at;
+        for (int slot = 0; slot < kStages; ++slot, at.advance<kStages>()) {
+            ptx::mbarrier_init(full(at), 1);
+            ptx::mbarrier_init(landed(at), 1);
+            ptx::mbarrier_init(empty(at), consumer_warps);
+        }
+        ptx::fence_mbarrier_init();
+    }
+
+  private:
+    static constexpr uint32_t kRows = 2 * kStages * kTileBytes;
+    static constexpr uint32_t kWords = kRows + kStages * kRowBytes;
 
     NABLA_DEVICE uint32_t word(uint32_t kind, const Position& at) const {
         return base_ + kWords + kind * kStages * 8 + at.offset();

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/query_groups.cuh"
+#include "cuda/block_groups.cuh"
 #include "emulation/probes/probes.h"
 
 namespace nabla::emulation::probes {
@@ -34,10 +34,10 @@ inline ptx::TensorMap tensor_map(const MapFields& fields) {
     return map;
 }
 
-// The query blocks of every group; -1 where a group has fewer.
+// The blocks of every group; -1 where a group has fewer.
 template <int kSize>
-std::vector<std::vector<int32_t>> query_groups(int32_t q_blocks, int32_t frame_blocks) {
-    const QueryGroups<kSize> groups{q_blocks, frame_blocks};
+std::vector<std::vector<int32_t>> block_groups(int32_t count, int32_t frame_blocks) {
+    const BlockGroups<kSize> groups{count, frame_blocks};
     std::vector<std::vector<int32_t>> blocks(static_cast<size_t>(groups.count()));
     for (int32_t group = 0; group < groups.count(); ++group)
         for (int32_t member = 0; member < kSize; ++member)
@@ -91,9 +91,9 @@ inline void define_probes(pybind11::module_ m) {
         unlocked());
     m.def("sum", [](uintptr_t result, int ctas) { sum(pointer<float>(result), ctas); }, unlocked());
     m.def("registers", registers, unlocked());
-    m.def("query_groups", [](int size, int32_t q_blocks, int32_t frame_blocks) {
-        return size == 2 ? query_groups<2>(q_blocks, frame_blocks)
-                         : query_groups<3>(q_blocks, frame_blocks);
+    m.def("block_groups", [](int size, int32_t count, int32_t frame_blocks) {
+        return size == 2 ? block_groups<2>(count, frame_blocks)
+                         : block_groups<3>(count, frame_blocks);
     });
     m.def("faults", [] {
         std::vector<std::string> names;
