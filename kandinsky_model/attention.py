@@ -65,18 +65,23 @@ class CalibratedAttention:
     calibration: Calibration
     backend: str = "auto"
 
-    def layers(self, num_layers: int) -> list[NablaAttention]:
-        """The attention of each layer.
-
-        Raises:
-            ValueError: If the calibration is of another number of layers.
-        """
-        top_p, window = self.calibration.top_p, self.calibration.window
+    def check(self, num_layers: int, num_heads: int) -> None:
+        """Raise an error if the calibration is of another model than one of this size."""
+        top_p = self.calibration.top_p
         if len(top_p) != num_layers:
             raise ValueError(
                 f"the calibration has {len(top_p)} layers and the model {num_layers}: "
                 "calibrate this model"
             )
+        if heads := {len(layer) for layer in top_p} - {num_heads}:
+            raise ValueError(
+                f"the calibration has {heads.pop()} heads in a layer and the model {num_heads}: "
+                "calibrate this model"
+            )
+
+    def layers(self) -> list[NablaAttention]:
+        """The attention of each layer."""
+        top_p, window = self.calibration.top_p, self.calibration.window
         return [NablaAttention(layer, window, self.backend) for layer in top_p]
 
 

@@ -175,7 +175,8 @@ class CrossDiT(nn.Module):
             rope = attention.shard(rope[0], grid), attention.shard(rope[1], grid)
         num_layers = len(self.visual_transformer_blocks)
         if isinstance(attention, CalibratedAttention):
-            layers: Sequence[VisualAttention] = attention.layers(num_layers)
+            attention.check(num_layers, self.config.model_dim // self.config.head_dim)
+            layers: Sequence[VisualAttention] = attention.layers()
         else:
             layers = [attention] * num_layers
 

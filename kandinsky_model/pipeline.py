@@ -12,6 +12,7 @@ latents  -> VAE         -> frames, uint8 [T, H, W, 3]
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kandinsky_model import presets
+from kandinsky_model.attention import NablaAttention
 from kandinsky_model.checkpoint import load_checkpoint, read_header
 from kandinsky_model.folder import find_parts, sha256
 from kandinsky_model.lora import apply_lora, check_lora
@@ -29,10 +31,12 @@ from kandinsky_model.memory import Mode, streamed
 from kandinsky_model.model import CrossDiT
 from kandinsky_model.presets import Preset
 from kandinsky_model.request import Job, Request
-from kandinsky_model.sampler import Callback, euler, guided_velocity, timesteps
+from kandinsky_model.sampler import Callback, Velocity, euler, guided_velocity, timesteps
 from kandinsky_model.state import load_state, save_state
 from kandinsky_model.text import CONTENT, Text, TextEncoder, Variant
 from kandinsky_model.vae import VAE
+from nabla.inspect import Curves, calibrate
+from nabla.inspect.observe import Call
 
 P = TypeVar("P", TextEncoder, CrossDiT, VAE)
 Inputs = dict[str, Tensor]
@@ -254,6 +258,39 @@ class Pipeline:
             latents = normalize_first_frames(latents)
         return latents
 
+    def calibrate(
+        self,
+        requests: Sequence[Request],
+        *,
+        top_p: Sequence[float],
+        progress: Callable[[Call], None] | None = None,
+    ) -> Curves:
+        """What each head of each layer would lose with each top_p, while requests are sampled.
+
+        They are sampled with dense attention, whatever theirs is, and nothing is decoded.
+
+        Args:
+            requests: What to sample.
+            top_p: See `nabla.inspect.calibrate`; the window is that of the preset.
+            progress: See there; called `preset.model.num_visual_blocks` times a model call.
+        """
+        dense = NablaAttention(1.0)  # goes through nabla, which is where calibrate looks on
+        jobs = [replace(request.resolve(self.preset), attention=dense) for request in requests]
+        inputs = [self._inputs(job) for job in jobs]
+        with self._model.at_work() as model:
+
+            def run() -> None:
+                for job, of_job in zip(jobs, inputs, strict=True):
+                    times = timesteps(job.num_steps, shift=job.shift).to(self.device)
+                    euler(
+                        self._velocity(model, job, of_job),
+                        of_job["latents"].to(self.device),
+                        times,
+                    )
+
+            window = self.preset.window
+            return calibrate(model, run, top_p=top_p, window=window, progress=progress)
+
     def _inputs(self, job: Job) -> Inputs:
         """All that the sampler starts from: noise, features of the text, latents of the image."""
         content = CONTENT[job.preset.task]
@@ -286,29 +323,34 @@ class Pipeline:
         if done == job.num_steps:
             return inputs["latents"].to(self.device)
         with self._model.at_work() as model:
-
-            def features(text: str, pooled: str) -> Text:
-                device, dtype = self.device, model.dtype
-                return inputs[text].to(device, dtype), inputs[pooled].to(device, dtype)
-
-            velocity = guided_velocity(
-                model,
-                features("text", "pooled"),
-                null_text=features("null_text", "null_pooled") if job.is_guided else None,
-                guidance_scale=job.guidance_scale,
-                first_frame=inputs.get("first_frame"),
-                source=inputs.get("source"),
-                attention=job.attention,
-                cache=cached,
-            )
             return euler(
-                velocity,
+                self._velocity(model, job, inputs, cached),
                 inputs["latents"].to(self.device),
                 timesteps(job.num_steps, shift=job.shift).to(self.device),
                 start=done,
                 callback=callback,
                 progress="sampling" if progress else None,
             )
+
+    def _velocity(
+        self, model: CrossDiT, job: Job, inputs: Inputs, cached: Cache | None = None
+    ) -> Velocity:
+        """What a job follows from its noise."""
+
+        def features(text: str, pooled: str) -> Text:
+            device, dtype = self.device, model.dtype
+            return inputs[text].to(device, dtype), inputs[pooled].to(device, dtype)
+
+        return guided_velocity(
+            model,
+            features("text", "pooled"),
+            null_text=features("null_text", "null_pooled") if job.is_guided else None,
+            guidance_scale=job.guidance_scale,
+            first_frame=inputs.get("first_frame"),
+            source=inputs.get("source"),
+            attention=job.attention,
+            cache=cached,
+        )
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:

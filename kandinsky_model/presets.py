@@ -77,6 +77,11 @@ class Preset:
         _, rows, columns = self.model.patch_size
         return rows * PIXELS_PER_LATENT, columns * PIXELS_PER_LATENT
 
+    @property
+    def window(self) -> tuple[int, int, int] | None:
+        """What NABLA keeps beside top_p, also where the preset is dense."""
+        return WINDOW if self.model.top_p is None else self.model.window
+
     def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
         """(T, H, W) of the latents of a (height, width) in pixels; None is the default size."""
         height, width = size or self.size

@@ -16,10 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kandinsky_model.attention import DenseAttention, NablaAttention, VisualAttention
+from kandinsky_model.attention import (
+    CalibratedAttention,
+    DenseAttention,
+    NablaAttention,
+    VisualAttention,
+)
 from kandinsky_model.clip import fit, read_image, rgb, stretch
 from kandinsky_model.magcache import Schedule, skip_schedule
-from kandinsky_model.presets import FPS, FRAMES_PER_LATENT, PIXELS_PER_LATENT, WINDOW, Preset, Size
+from kandinsky_model.presets import FPS, FRAMES_PER_LATENT, PIXELS_PER_LATENT, Preset, Size
 from kandinsky_model.text import CONTENT, NEGATIVE_PROMPTS
 
 TOP_P = 0.9  # of `attention="nabla"` where the preset is dense
@@ -41,7 +46,8 @@ class Request:
         shift: Of the times, see `sampler.timesteps`.
         negative_prompt: What to guide away from.
         seed: Of the noise; the same on every device.
-        attention: "nabla", "dense", or how visual tokens attend to each other.
+        attention: "nabla", "dense", or how visual tokens attend to each other, for example
+            CalibratedAttention(calibration).
         top_p: Attention mass that NABLA keeps.
         magcache: Ratios of MagCache, which leaves out model calls that hardly differ from the one
             before; see `magcache.skip_schedule`.
@@ -56,7 +62,7 @@ class Request:
     shift: float | None = None
     negative_prompt: str | None = None
     seed: int = 0
-    attention: Literal["nabla", "dense"] | VisualAttention | None = None
+    attention: Literal["nabla", "dense"] | VisualAttention | CalibratedAttention | None = None
     top_p: float | None = None
     magcache: Sequence[float] | None = None
 
@@ -168,7 +174,7 @@ class Request:
             )
         return int(FPS * self.seconds) // FRAMES_PER_LATENT + 1
 
-    def _attention(self, preset: Preset) -> VisualAttention:
+    def _attention(self, preset: Preset) -> VisualAttention | CalibratedAttention:
         model = preset.model
         kind = self.attention or ("dense" if model.top_p is None else "nabla")
         if kind != "nabla" and self.top_p is not None:
@@ -177,12 +183,14 @@ class Request:
             return DenseAttention()
         if isinstance(kind, str) and kind != "nabla":
             raise ValueError(f"attention {kind!r} is neither 'nabla' nor 'dense'")
+        if isinstance(kind, CalibratedAttention):
+            kind.check(model.num_visual_blocks, model.model_dim // model.head_dim)
         if not isinstance(kind, str):
             return kind
         top_p = self.top_p if self.top_p is not None else (model.top_p or TOP_P)
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p {top_p} must be in (0, 1]: the attention mass to keep")
-        return NablaAttention(top_p, WINDOW if model.top_p is None else model.window)
+        return NablaAttention(top_p, preset.window)
 
     def _schedule(self, num_steps: int, guidance_scale: float) -> Schedule | None:
         if self.magcache is None:
@@ -204,7 +212,7 @@ class Job:
     guidance_scale: float
     shift: float
     seed: int
-    attention: VisualAttention
+    attention: VisualAttention | CalibratedAttention
     schedule: Schedule | None
 
     @property

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kandinsky_model.attention import VisualAttention
+from kandinsky_model.attention import CalibratedAttention, VisualAttention
 from kandinsky_model.config import CrossDiTConfig
 from kandinsky_model.magcache import Cache
 from kandinsky_model.model import CrossDiT
@@ -71,7 +71,7 @@ def sample(
     guidance_scale: float = 1.0,
     num_steps: int = 50,
     shift: float = 5.0,
-    attention: VisualAttention | None = None,
+    attention: VisualAttention | CalibratedAttention | None = None,
     progress: str | None = None,
 ) -> Tensor:
     """Sample latents.
@@ -110,7 +110,7 @@ def guided_velocity(
     source: Tensor | None = None,
     null_text: Text | None = None,
     guidance_scale: float = 1.0,
-    attention: VisualAttention | None = None,
+    attention: VisualAttention | CalibratedAttention | None = None,
     cache: Cache | None = None,
 ) -> Velocity:
     """The velocity that `euler` follows: (latents [B, T, H, W, C], time) to [B, T, H, W, C].

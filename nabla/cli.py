@@ -4,6 +4,7 @@ nabla info [--json]    versions, devices, instruction sets, backends and why one
 nabla demo             dense and NABLA attention side by side on a real clip
 nabla mask             picture of a block mask
 nabla generate         a video or an image of Kandinsky 5, from its weights
+nabla calibrate        the top_p of each layer and head of a model, for an error
 nabla tune             fastest tiles of the Triton kernels on the GPU at hand
 nabla bench            the benchmark suite, in a checkout
 """
@@ -205,6 +206,9 @@ def generate(
     out: Annotated[Path | None, typer.Option(help="The .mp4, .gif or .png to write.")] = None,
     attention: Annotated[Literal["nabla", "dense"] | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option(help="Mass that NABLA keeps, in (0, 1].")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="The same by layer and head: a file of nabla calibrate.")
+    ] = None,
     magcache: Annotated[
         Path | None, typer.Option(help="Leave out calls that hardly differ, by ratios in a file.")
     ] = None,
@@ -229,13 +233,17 @@ def generate(
     What an option leaves open is the preset's. Interrupted, the same command goes on where it was.
     """
     try:
+        from kandinsky_model.attention import CalibratedAttention
         from kandinsky_model.generate import parse_size, run
         from kandinsky_model.magcache import read_ratios
         from kandinsky_model.request import Request
+        from nabla.inspect import Calibration
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{error}; generating needs: pip install 'nabla-attention[generate]'", name=error.name
         ) from error
+    if calibration is not None and (attention or top_p is not None):
+        raise ValueError(f"--calibration {calibration} says how to attend: no --attention, --top-p")
     request = Request(
         prompt,
         image=image,
@@ -246,7 +254,9 @@ def generate(
         shift=shift,
         negative_prompt=negative,
         seed=seed,
-        attention=attention,
+        attention=attention
+        if calibration is None
+        else CalibratedAttention(Calibration.load(calibration)),
         top_p=top_p,
         magcache=None if magcache is None else read_ratios(magcache),
     )
@@ -263,6 +273,72 @@ def generate(
         measure_magcache=measure_magcache,
         plan_only=plan,
     )
+
+
+@app.command()
+def calibrate(
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Prompts to sample; of the tiny model, clips.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="The model, such as video-lite-10s; tiny needs no weights.")
+    ] = "tiny",
+    weights: Annotated[Path | None, typer.Option(help="Folder of the weights.")] = None,
+    error: Annotated[
+        float, typer.Option(help="To keep: 0.05 is 5 % of what a layer's attention puts out.")
+    ] = 0.05,
+    out: Annotated[Path, typer.Option(help="The calibration to write, .json.")] = Path(
+        "out/calibration.json"
+    ),
+    curves: Annotated[
+        Path | None, typer.Option(help="Choose of what a run has measured, and measure nothing.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Euler steps.")] = 8,
+    image: Annotated[Path | None, typer.Option(help="First frame, or image to edit.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, multiples of 16 px.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of the video.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; else CUDA if any.")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep each part on the device only while it works.")
+    ] = False,
+) -> None:
+    """Measure what each head of a model loses with each top_p, and choose by an error.
+
+    Writes the calibration that generate takes, a table of all that was measured, and a picture.
+    """
+    try:
+        from kandinsky_model import calibrate as calibration
+        from kandinsky_model import presets
+        from kandinsky_model.generate import parse_size
+        from kandinsky_model.request import Request
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            f"{missing}; calibrating needs: pip install 'nabla-attention[demo,generate]'",
+            name=missing.name,
+        ) from missing
+    from nabla.inspect import Curves
+
+    calibration.check(out, error)
+    if curves is not None:
+        measured = Curves.load(curves)
+    elif preset == calibration.TINY:
+        measured = calibration.of_tiny(inputs or [], steps)
+    else:
+        requests = [
+            Request(
+                prompt,
+                image=image,
+                size=None if size is None else parse_size(size),
+                seconds=seconds,
+                num_steps=steps,
+                seed=seed,
+            )
+            for prompt in inputs or []
+        ]
+        row = presets.preset(preset)
+        measured = calibration.of_preset(requests, row, weights, device=device, offload=offload)
+    calibration.write(measured, error, out)
 
 
 def _benchmarks() -> tuple[ModuleType, ModuleType]:

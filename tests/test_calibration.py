@@ -104,7 +104,7 @@ def test_it_is_saved_and_loaded(tmp_path):
     assert len(loaded) == 2 and list(loaded)[1] == loaded[1]
     for change in ({"format": "x"}, {"top_p": []}, {"top_p": [[1.5]]}, {"window": [2, 1, 1]}):
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-        with pytest.raises(ValueError, match=r"calibration\.json is no calibration"):
+        with pytest.raises(ValueError, match=r"calibration\.json holds no calibration"):
             Calibration.load(path)
         chosen.save(path)
     path.write_text("{")

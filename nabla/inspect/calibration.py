@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from nabla.block_attention import block_sparse_attention
 from nabla.block_mask import BlockMask, create_block_mask
 from nabla.checks import check_window
 from nabla.grid import Window
+from nabla.inspect.density import as_lists, as_tensor
 from nabla.inspect.observe import Call, observing
 
 TOP_P = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
-FORMAT = "nabla calibration 1"
+MEASURED = ("density", "retained", "error")
+CALIBRATION, CURVES = "nabla calibration 1", "nabla calibration curves 1"  # formats of files
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,14 @@ class Calibration(Sequence):
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON; the folder is made if it is not there."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         fields = {
-            "format": FORMAT,
+            "format": CALIBRATION,
             "error": self.error,
             "density": self.density,
             "window": self.window,
             "top_p": self.top_p,
         }
-        path.write_text(json.dumps(fields, indent=1) + "\n")
-        return path
+        return _write(path, json.dumps(fields, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -74,19 +74,12 @@ class Calibration(Sequence):
         Raises:
             ValueError: If the file is no calibration.
         """
-        try:
-            fields = json.loads(Path(path).read_text())
-            if fields["format"] != FORMAT:
-                raise ValueError(f"its format is {fields['format']!r}")
+        with _reading(path, CALIBRATION) as fields:
             top_p = tuple(tuple(float(value) for value in layer) for layer in fields["top_p"])
             if not top_p or any(not 0 < value <= 1 for layer in top_p for value in layer):
                 raise ValueError("a top_p is not in (0, 1]")
             window = check_window(fields["window"])
             return cls(top_p, window, float(fields["error"]), float(fields["density"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no calibration ({error!r}): write one with `nabla calibrate`"
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -122,8 +115,7 @@ class Curves:
         Raises:
             ValueError: If the error is not a positive number.
         """
-        if not (isinstance(error, int | float) and 0 < error < math.inf):
-            raise ValueError(f"error={error!r} is not a positive number: 0.05 is 5 % of the output")
+        check_error(error)
         density = self.density.nan_to_num(0).flatten(0, 1)  # [L H, P]
         cost = self.error.nan_to_num(0).flatten(0, 1).double() / self.shape[0]
         at = _at_price(density, cost, error**2)
@@ -161,10 +153,36 @@ class Curves:
             float(density.nanmean(-1).mean()),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain lists, which `json.dumps` takes: [layers][heads][top_p]."""
-        fields = ("top_p", "density", "retained", "error")
-        return {"window": self.window, **{name: getattr(self, name).tolist() for name in fields}}
+    def at(self, calibration: Calibration) -> dict[str, Tensor]:
+        """Density, retained mass and squared error of each head under a calibration, each [L, H].
+
+        Args:
+            calibration: One that `choose` or `uniform` has made of these curves.
+        """
+        index = torch.zeros(*self.shape, 1, dtype=torch.long)
+        for layer, values in enumerate(calibration):
+            nearest = (torch.tensor(values)[:, None] - self.top_p).abs().argmin(1)
+            index[layer, : len(values), 0] = nearest
+        return {name: getattr(self, name).gather(-1, index)[..., 0] for name in MEASURED}
+
+    def save(self, path: str | Path) -> Path:
+        """Write them as JSON, lists [layers][heads][top_p]; its folder is made if need be."""
+        fields = {"format": CURVES, "window": self.window, "top_p": as_lists(self.top_p)}
+        fields |= {name: as_lists(getattr(self, name)) for name in MEASURED}
+        return _write(path, json.dumps(fields))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Curves:
+        """Read what `save` has written.
+
+        Raises:
+            ValueError: If the file holds no curves.
+        """
+        with _reading(path, CURVES) as fields:
+            top_p, *tables = (as_tensor(fields[name]) for name in ("top_p", *MEASURED))
+            if any(x.ndim != 3 or x.shape != (*tables[0].shape[:2], len(top_p)) for x in tables):
+                raise ValueError("its tables are not [layers][heads][top_p]")
+            return cls(top_p, check_window(fields["window"]), *tables)
 
 
 @torch.no_grad()
@@ -206,6 +224,12 @@ def calibrate(
     return sums.curves()
 
 
+def check_error(error: float) -> None:
+    """Raise an error if this is none that `choose` can keep."""
+    if not (isinstance(error, int | float) and 0 < error < math.inf):
+        raise ValueError(f"error={error!r} is not a positive number: 0.05 is 5 % of the output")
+
+
 def _at_price(density: Tensor, cost: Tensor, budget: float) -> Tensor:
     """Indices [N, 1] of least density + price * cost, at the lowest price that keeps the budget.
 
@@ -242,7 +266,7 @@ class _Sums:
         measured = [self._measure(call, value, exact) for value in self.top_p]
         layer = {name: torch.stack([m[name] for m in measured], -1) for name in measured[0]}
         layer["calls"] = torch.ones(1, 1)
-        layer["energy"] = exact.out.double().square().sum((0, 2, 3)).cpu()[:, None]
+        layer["energy"] = _energy(x.double() for x in exact.out.unbind(1))[:, None]
         if call.layer == len(self.layers):
             self.layers.append(layer)
         else:
@@ -273,7 +297,10 @@ class _Sums:
         return {
             "density": kept.mean((0, 2)).cpu(),
             "retained": (lse.double() - exact.lse.double()).exp().mean((0, 2)).cpu(),
-            "error": (out.double() - exact.out.double()).square().sum((0, 2, 3)).cpu(),
+            "error": _energy(
+                ours.double() - theirs.double()  # head by head: all of them would take much memory
+                for ours, theirs in zip(out.unbind(1), exact.out.unbind(1), strict=True)
+            ),
         }
 
     def curves(self) -> Curves:
@@ -299,6 +326,33 @@ class _Sums:
             table("retained", lambda layer: layer["calls"]),
             table("error", lambda layer: layer["energy"].sum().clamp(min=1e-300)),
         )
+
+
+def _energy(heads: Iterable[Tensor]) -> Tensor:
+    """The sum of squares of each head, [H] float64."""
+    return torch.stack([head.square().sum() for head in heads]).cpu()
+
+
+def _write(path: str | Path, text: str) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+    return path
+
+
+@contextmanager
+def _reading(path: str | Path, form: str) -> Iterator[dict[str, Any]]:
+    """The fields of a JSON file of a format; what is wrong with them becomes one error."""
+    try:
+        fields = json.loads(Path(path).read_text())
+        if fields["format"] != form:
+            raise ValueError(f"its format is {fields['format']!r}")
+        yield fields
+    except (ValueError, KeyError, TypeError) as error:
+        what = form.removeprefix("nabla ").removesuffix(" 1")
+        raise ValueError(
+            f"{path} holds no {what} ({error!r}): write one with `nabla calibrate`"
+        ) from None
 
 
 def _attend(call: Call, mask: BlockMask):

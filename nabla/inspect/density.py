@@ -28,7 +28,9 @@ from nabla.block_mask import BlockMask
 from nabla.inspect.observe import Call, observing
 from nabla.scores import pooled_scores
 
-SEQUENCE = 128  # blocks from which on every call is sampled; of shorter ones, in proportion fewer
+# Blocks from which on every call is sampled, for a query block costs little there; of shorter ones,
+# in proportion fewer, and the first of all.
+SEQUENCE = 1024
 
 
 @dataclass
@@ -50,7 +52,7 @@ class DensityReport:
         mask, num_blocks = call.mask, call.mask.grid.num_blocks
         kept = count_bits(mask.bits, num_blocks).sum(-1).float().mean(0)  # [H]
         cell = {"density": kept / (mask.bits.shape[2] * num_blocks)}
-        if self._random.random() * SEQUENCE < num_blocks:
+        if self._random.random() * SEQUENCE < num_blocks or not self._cells:
             batch = self._random.randrange(call.q.shape[0])
             row = self._random.randrange(mask.bits.shape[2])
             cell["retained"], cell["recall"] = _masses(call, batch, row)
@@ -93,7 +95,7 @@ class DensityReport:
             "steps": self.num_steps,
             "layers": self.num_layers,
             "heads": tables["density"].shape[-1],
-            **{name: _with_none(table.tolist()) for name, table in tables.items()},
+            **{name: as_lists(table) for name, table in tables.items()},
         }
 
     def save(self, path: str | Path) -> Path:
@@ -158,7 +160,19 @@ def _masses(call: Call, batch: int, row: int) -> tuple[Tensor, Tensor]:
     return retained, recall.float()
 
 
-def _with_none(table: Any) -> Any:
+def as_lists(table: Any) -> Any:
+    """A tensor as lists for JSON: six digits, None where nothing is known."""
+    if isinstance(table, Tensor):
+        table = table.tolist()
     if isinstance(table, list):
-        return [_with_none(row) for row in table]
-    return None if math.isnan(table) else round(table, 6)
+        return [as_lists(row) for row in table]
+    return None if math.isnan(table) else float(f"{table:.6g}")
+
+
+def as_tensor(table: Any) -> Tensor:
+    """The inverse of `as_lists`, float32."""
+
+    def known(x: Any) -> Any:
+        return [known(row) for row in x] if isinstance(x, list) else math.nan if x is None else x
+
+    return torch.tensor(known(table), dtype=torch.float32)

@@ -36,7 +36,7 @@ def draw_density(report: DensityReport, path: str | Path) -> Path:
     figure: Figure = figure_class()(figsize=(12, height + 3.6), facecolor="white")
     axes = figure.subplots(2, 3, height_ratios=[height, 2.0])
     for (name, table), top, bottom in zip(tables.items(), *axes, strict=True):
-        _draw_heads(figure, top, name, table.nanmean(0))
+        draw_heads(top, table.nanmean(0), TITLES[name], "Blues" if name == "density" else "Greens")
         _draw_steps(bottom, table.nanmean(-1))
     mean = {name: float(table.nanmean()) for name, table in tables.items()}
     figure.suptitle(
@@ -54,18 +54,14 @@ def draw_density(report: DensityReport, path: str | Path) -> Path:
     return path
 
 
-def _draw_heads(figure: Figure, ax: Axes, name: str, values: Tensor) -> None:
-    """Draw values [layers, heads] as squares."""
+def draw_heads(ax: Axes, values: Tensor, title: str, colours: str) -> None:
+    """Draw values [layers, heads] from 0 to 1 as squares of a map of colours."""
     image = ax.imshow(
-        values.numpy(),
-        aspect="auto",
-        cmap="Blues" if name == "density" else "Greens",
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
+        values.numpy(), aspect="auto", cmap=colours, vmin=0, vmax=1, interpolation="nearest"
     )
-    figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03).ax.tick_params(labelsize=7)
-    ax.set_title(TITLES[name], fontsize=10, color=INK)
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
+    bar.ax.tick_params(labelsize=7)
+    ax.set_title(title, fontsize=10, color=INK)
     ax.set_xlabel("head", fontsize=8, color=QUIET)
     ax.set_ylabel("layer", fontsize=8, color=QUIET)
     ax.xaxis.set_major_locator(_whole_numbers())
