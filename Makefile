@@ -12,10 +12,10 @@ REFERENCE := build/reference/ready
 BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutations lint bench bench-full bench-ci results readme quality model sanitize gpu-check
+.PHONY: help setup demo test mutations lint bench bench-full bench-ci results readme quality model sanitize aarch64 gpu-check
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## install nabla, editable, with all that the other targets need
 
@@ -77,6 +77,16 @@ sanitize: $(READY)  ## the tests of the native kernels, built with address and u
 	NABLA_SANITIZE=ON NABLA_SKIP_CUDA=1 $(BIN)/python -m pip install . --no-deps --upgrade --target build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize $(BIN)/pytest tests/test_cpu.py -k "not threads" --timeout 1200 --numprocesses $(JOBS)
+
+# A static program needs none of the libraries of the other machine.
+aarch64:  ## the tests of the CPU kernels on an ARM processor, emulated
+	@for tool in cmake ninja aarch64-linux-gnu-g++ qemu-aarch64; do \
+	  command -v $$tool > /dev/null || { echo "aarch64 needs $$tool; on Debian: apt-get install cmake ninja-build g++-aarch64-linux-gnu qemu-user"; exit 1; }; \
+	done
+	cmake -G Ninja -S . -B build/aarch64 -DNABLA_MODULE=test_cpu -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build build/aarch64
+	qemu-aarch64 build/aarch64/test_cpu
 
 # A PYTHON that is named is taken; else the one in .venv, if it is there.
 gpu-check: OUT ?= out/gpu-check

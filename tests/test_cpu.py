@@ -1,6 +1,8 @@
 """The native CPU kernels with every instruction set of this machine, and their threads."""
 
 import os
+import platform
+import re
 import signal
 import threading
 import time
@@ -183,6 +185,43 @@ def test_the_rounding_of_the_result_is_to_nearest_even(instruction_set):
         out = nabla.block_sparse_attention(zero, zero, v, mask, backend="cpu")
         mean = v.float().unflatten(2, (-1, 2)).mean(3).to(dtype)
         assert torch.equal(out, mean.repeat_interleave(2, 2))
+
+
+AVX2 = {"avx2", "fma", "f16c"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+DOTS = AVX512 | {"avx512bf16"}
+
+# name: features, the instruction sets in the order of preference
+PROCESSORS = {
+    "AMD Zen 4": (DOTS, ["avx512_bf16", "avx512", "avx2", "portable"]),
+    "Intel Cooper Lake": (
+        DOTS | {"intel", "cooperlake"},
+        ["avx512_bf16", "avx512", "avx2", "portable"],
+    ),
+    "Intel with AMX": (DOTS | {"intel"}, ["avx512", "avx512_bf16", "avx2", "portable"]),
+    "Intel Skylake server": (AVX512 | {"intel"}, ["avx512", "avx2", "portable"]),
+    "Intel Xeon Phi": (AVX2 | {"avx512f", "intel"}, ["avx2", "portable"]),
+    "AMD Zen 2": (AVX2, ["avx2", "portable"]),
+    "without f16c": (DOTS - {"f16c"}, ["portable"]),
+    "Intel Nehalem": ({"intel"}, ["portable"]),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_best_instruction_set_of_a_processor(name):
+    features, expected = PROCESSORS[name]
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    chosen = cpu.native().instruction_sets(sorted(features))
+    assert chosen == (expected if is_x86 else ["portable"])
+
+
+def test_the_features_are_those_that_linux_finds():
+    found = set(cpu.native().features())
+    facts = dict(re.findall(r"^(\w+)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    flags = facts.get("flags", "").replace("avx512_bf16", "avx512bf16").split()
+    assert found & DOTS == DOTS.intersection(flags)
+    assert ("intel" in found) == (facts.get("vendor_id") == "GenuineIntel")
+    assert INSTRUCTION_SETS == cpu.native().instruction_sets(sorted(found))
 
 
 def test_instruction_sets_can_be_chosen():

@@ -32,7 +32,7 @@ def unavailable_reason() -> str | None:
 
 def instruction_sets() -> list[str]:
     """Return the instruction sets that this machine can run the kernels with, the best first."""
-    return native().instruction_sets()
+    return native().instruction_sets(native().features())
 
 
 @contextmanager
