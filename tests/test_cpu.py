@@ -92,6 +92,25 @@ def test_many_keys_of_very_different_scores(instruction_set):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_softmax_over_one_key_has_no_gradient(instruction_set, dtype):
+    """To q and k exactly none, where many rows keep the one key and where one does."""
+    grid, block = TokenGrid(4, 17, 17), 17  # a block of one token, at the corner of a frame
+    q, k, v, dout, keep = problem(grid, head_dim=64, dtype=dtype)
+    keep[:] = torch.arange(grid.num_blocks) == block
+    for first, last in ((0, grid.num_blocks), (block, block + 1)):
+        rows = slice(grid.block_start(first), grid.block_start(last))
+        some = (q[:, :, rows], k, v, dout[:, :, rows], keep[:, :, first:last])
+        check(*some, grid, "cpu", first)
+        mask = BlockMask.from_dense(some[-1], grid=grid, q_block_offset=first)
+
+        def attend(q, k, v, mask=mask):
+            return nabla.block_sparse_attention(q, k, v, mask, return_lse=True, backend="cpu")
+
+        _, _, dq, dk, _ = gradients(attend, *some[:4])
+        assert not dq.any() and not dk.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slices_empty_rows_and_gradients_through_lse(instruction_set, dtype):
     grid = TokenGrid(3, 12, 20, extra=5)
     q, k, v, dout, keep = problem(grid, (4, 2), 64, dtype, empty=True)

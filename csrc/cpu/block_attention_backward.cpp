@@ -11,8 +11,6 @@
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
 
-#include <algorithm>
-
 namespace nabla::cpu::NABLA_ISA {
 namespace {
 
@@ -102,6 +100,12 @@ struct QueryTile {
     int n, lanes;
 };
 
+// Where the lse and delta of a tile begin.
+int64_t stat_of(const AttentionParams& f, const QueryTile& tile) {
+    return (static_cast<int64_t>(tile.b) * f.heads + tile.h) * query_start(f, f.q_blocks) +
+           tile.row;
+}
+
 // Turn scores and dp of `keys` keys into p and ds for kVectors vectors of lanes.
 template <class T, int kVectors>
 void gradient_panel(const BackwardArrays<T>& a, int lane, int lanes, int keys, float scale) {
@@ -153,8 +157,7 @@ void backward_tile(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
     const AttentionParams& f = p.forward;
     const int dim = f.head_dim, group = f.heads / f.kv_heads, kv_head = tile.h / group, n = tile.n,
               lanes = tile.lanes;
-    const int64_t stat =
-        (static_cast<int64_t>(tile.b) * f.heads + tile.h) * query_start(f, f.q_blocks) + tile.row;
+    const int64_t stat = stat_of(f, tile);
     const T* q = at<T>(f.q, tile.b, tile.h, tile.row);
     const T* dout = at<T>(p.dout, tile.b, tile.h, tile.row);
     lanes_of(q, f.q.stride_s, n, dim, lanes, a.q_lanes);
@@ -230,18 +233,26 @@ void round_rows(const View& sums, int g, const View& out, int b, int h, int64_t 
                 store(at<T>(out, b, h, s) + d, load(at<float>(sums, 0, g, s) + d));
 }
 
-// delta of one query block.
+// delta of one query tile: products in the order of those of dP, so that dP - delta is exactly 0 in
+// a row of one key, whose out is v.
 template <class T>
-void compute_delta(const AttentionBackwardParams& p, int b, int h, int block) {
+void compute_delta(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
+                   const QueryTile& tile) {
     const AttentionParams& f = p.forward;
-    const int64_t rows = query_start(f, f.q_blocks);
-    for (int64_t s = query_start(f, block); s < query_start(f, block + 1); ++s) {
-        const T *dout = at<T>(p.dout, b, h, s), *out = at<T>(f.out, b, h, s);
+    const int dim = f.head_dim, n = tile.n, lanes = tile.lanes;
+    using Vector = typename Dot<T>::Vector;
+    const Element<T>* out = a.q_lanes;
+    lanes_of(at<T>(f.out, tile.b, tile.h, tile.row), f.out.stride_s, n, dim, lanes, a.q_lanes);
+    lanes_of(at<T>(p.dout, tile.b, tile.h, tile.row), p.dout.stride_s, n, dim, lanes, a.dout_lanes);
+    for (int lane = 0; lane < lanes; lane += kWidth) {
         Floats total{};
-        for (int d = 0; d < f.head_dim; d += kWidth) total += load(dout + d) * load(out + d);
-        const int64_t i = (static_cast<int64_t>(b) * f.heads + h) * rows + s;
-        p.delta[i] = sum(total) - (p.dlse ? p.dlse[i] : 0);
+        for (int k = lane; k < dim / kPair<T> * lanes; k += lanes)
+            total = Dot<T>::multiply_add(load_raw<Vector>(out + k),
+                                         load_raw<Vector>(a.dout_lanes + k), total);
+        store(a.delta + lane, total);
     }
+    const int64_t stat = stat_of(f, tile);
+    for (int i = 0; i < n; ++i) p.delta[stat + i] = a.delta[i] - (p.dlse ? p.dlse[stat + i] : 0);
 }
 
 // Kept key blocks of a query block, on average.
@@ -261,16 +272,19 @@ int64_t mean_kept(const AttentionParams& f) {
 
 int divide_up(int n, int by) { return (n + by - 1) / by; }
 
+int smaller(int a, int b) { return a < b ? a : b; }
+int larger(int a, int b) { return a < b ? b : a; }
+
 // How many chunks the query blocks and the key blocks are cut into: by the mask alone, so that
 // sums have one order. A query block is packed once for each chunk of which it keeps a part.
 int count_chunks(const AttentionParams& f) {
-    const int fewer = f.q_blocks < f.blocks.count ? f.q_blocks : f.blocks.count;
+    const int fewer = smaller(f.q_blocks, f.blocks.count);
     const int for_cache = divide_up(fewer, kMostChunkBlocks),
               most = divide_up(fewer, kFewestChunkBlocks);
     const int for_threads = divide_up(kRoundTasks, f.batch * f.kv_heads);
-    const int for_pairs = std::max(2, static_cast<int>(mean_kept(f) / kFewestPairs));
-    const int wanted = std::max(for_cache, std::min(for_threads, for_pairs));
-    return wanted < most ? wanted : most;
+    const int for_pairs = larger(2, mean_kept(f) / kFewestPairs);
+    const int wanted = larger(for_cache, smaller(for_threads, for_pairs));
+    return smaller(wanted, most);
 }
 
 // One task of one round: a query chunk with a key chunk.
@@ -291,7 +305,10 @@ void backward_chunks(const AttentionBackwardParams& p, const BackwardArrays<T>& 
             const int h = c.kv_head * group + g;
             const int64_t begin = query_start(f, i), end = query_start(f, i + 1);
             const uint32_t* bits = bits_row(f, c.b, h, i);
-            if (c.first) compute_delta<T>(p, c.b, h, i);
+            if (c.first)
+                for_each_query_tile(f, i, [&](int64_t row, int n, int lanes) {
+                    compute_delta<T>(p, a, {c.b, h, row, n, lanes});
+                });
             for_each_run(bits, c.k_begin, c.k_end, [&](int run_begin, int run_end) {
                 for (int j = run_begin; j < run_end; ++j) start_sums(f, sums, j);
             });
@@ -323,7 +340,7 @@ void attention_backward(const AttentionBackwardParams& p) {
         using T = typename decltype(type)::type;
         // The fewer heads at once, the less memory their sums take; no sum reads another head.
         const int needed = divide_up(kTasksPerThread * f.threads, chunks);
-        const int at_once = kSame<T, float> ? heads : std::min(heads, needed);
+        const int at_once = kSame<T, float> ? heads : smaller(heads, needed);
         const int64_t group = f.heads / f.kv_heads, dim = f.head_dim;
         const int64_t q_elements = group * query_start(f, f.q_blocks) * dim,
                       k_elements = f.blocks.starts[f.blocks.count] * dim;
@@ -331,7 +348,7 @@ void attention_backward(const AttentionBackwardParams& p) {
         const Scratch<BackwardArrays<T>> scratch(f.threads, f.head_dim);
         for (int head = 0; head < heads; head += at_once)
             for (int round = 0; round < chunks; ++round) {
-                const int64_t tasks = int64_t{std::min(at_once, heads - head)} * chunks;
+                const int64_t tasks = int64_t{smaller(at_once, heads - head)} * chunks;
                 parallel_for(f.threads, tasks, [&](int64_t task, int slot) {
                     const int index = task / chunks, q_chunk = task % chunks,
                               k_chunk = (q_chunk + round) % chunks;
