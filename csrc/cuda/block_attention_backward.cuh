@@ -40,11 +40,9 @@ struct QueryBlock {
         first_row = static_cast<int64_t>(of_all) * blocks.tokens() + run.first;
     }
 
-    // The elements of a row of the block from `channel` on.
     template <class T>
-    NABLA_DEVICE T* row(const View& x, int row, int channel) const {
-        return static_cast<T*>(x.data) + batch * x.stride_b + head * x.stride_h +
-               static_cast<int64_t>(run.first + row) * x.stride_s + channel;
+    NABLA_DEVICE T* row(const View& x, int row) const {
+        return elements<T>(x, batch, head, run.first + row);
     }
 };
 
@@ -63,7 +61,7 @@ attention_prepare_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
         if (row < block.run.size) {
             const auto load = [&](const View& x) {
                 return ptx::load_global_nc(
-                    reinterpret_cast<const ptx::U32x4*>(block.row<const T>(x, row, channel)));
+                    reinterpret_cast<const ptx::U32x4*>(block.row<const T>(x, row) + channel));
             };
             const ptx::U32x4 dout = load(p.dout), out = load(p.forward.out);
             NABLA_UNROLL
@@ -113,26 +111,27 @@ attention_finish_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
         for (int r = 0; r < 2; ++r) {
             const int row = quad / 8 * 16 + quad % 8 + 8 * r;
             if (row < block.run.size)
-                ptx::store_global(reinterpret_cast<ptx::U32x4*>(block.row<T>(p.dq, row, 8 * i)),
+                ptx::store_global(reinterpret_cast<ptx::U32x4*>(block.row<T>(p.dq, row) + 8 * i),
                                   packed[r]);
         }
     }
 }
 
+inline void launch_on_query_blocks(void (*kernel)(AttentionBackwardParams), const char* name,
+                                   const AttentionBackwardParams& p) {
+    const AttentionParams& f = p.forward;
+    const auto blocks = static_cast<uint32_t>(f.batch * f.heads * f.q_blocks);
+    ptx::launch(kernel, {name, blocks, kThreadsOfBlock, 0, f.stream}, p);
+}
+
 template <class T, int kD>
 void launch_prepare(const AttentionBackwardParams& p) {
-    const auto blocks =
-        static_cast<uint32_t>(p.forward.batch * p.forward.heads * p.forward.q_blocks);
-    ptx::launch(attention_prepare_kernel<T, kD>,
-                {"attention_prepare", blocks, kThreadsOfBlock, 0, p.forward.stream}, p);
+    launch_on_query_blocks(attention_prepare_kernel<T, kD>, "attention_prepare", p);
 }
 
 template <class T, int kD>
 void launch_finish(const AttentionBackwardParams& p) {
-    const auto blocks =
-        static_cast<uint32_t>(p.forward.batch * p.forward.heads * p.forward.q_blocks);
-    ptx::launch(attention_finish_kernel<T, kD>,
-                {"attention_finish", blocks, kThreadsOfBlock, 0, p.forward.stream}, p);
+    launch_on_query_blocks(attention_finish_kernel<T, kD>, "attention_finish", p);
 }
 
 }  // namespace

@@ -56,6 +56,12 @@ class BlockSlice {
     int32_t start_;  // of the first, tokens
 };
 
+// The elements of a token of x.
+template <class T>
+NABLA_DEVICE T* elements(const View& x, int32_t batch, int32_t head, int64_t token) {
+    return static_cast<T*>(x.data) + batch * x.stride_b + head * x.stride_h + token * x.stride_s;
+}
+
 // The blocks of q.
 NABLA_HOST_DEVICE BlockSlice query_blocks(const AttentionParams& p) {
     return {p.blocks, p.q_block_offset, p.q_blocks};

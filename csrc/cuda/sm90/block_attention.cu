@@ -8,22 +8,20 @@
 //   beside them                     softmax(n)  |         softmax(n+1) | ...
 //
 // and the three consumers fill each other's gaps; they take no turns, because their rows differ.
+#include "cuda/block_groups.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
-#include "cuda/block_groups.cuh"
 #include "cuda/sm90/rings.cuh"
 #include "cuda/sm90/softmax.cuh"
+#include "cuda/sm90/tiles.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/union_walk.cuh"
 
 namespace nabla::sm90 {
 namespace {
 
-constexpr int kBlock = 64;                 // tokens of a block, rows of a tile
-constexpr int kPanelBytes = kBlock * 128;  // a tile is panels of 64 channels
-constexpr int kWarpgroup = 128;            // threads
-constexpr int kConsumers = 3;              // warpgroups
+constexpr int kConsumers = 3;  // warpgroups
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536,
@@ -81,17 +79,6 @@ NABLA_DEVICE UnionWalk<kConsumers> union_walk(const AttentionParams& p, const Gr
     return {p.blocks, rows};
 }
 
-// Copies the tile that begins with `token`; it arrives at the barrier.
-template <class Config>
-NABLA_DEVICE void copy_tile(uint32_t tile, const cuda::BoxedTensor& x, uint32_t barrier, int token,
-                            int head, int batch) {
-    ptx::mbarrier_arrive_expect_tx(barrier, Config::kTileBytes);
-    NABLA_UNROLL
-    for (int panel = 0; panel < Config::kPanels; ++panel)
-        ptx::copy_tensor_4d(tile + panel * kPanelBytes, &x.map, barrier, panel * cuda::kPanel,
-                            token, head * x.head_step, batch * x.batch_step);
-}
-
 // Fills the rings with the blocks of the walk, and tells where it ends.
 template <class Config>
 NABLA_DEVICE void produce(const ForwardParams& params, const typename Config::Rings& rings) {
@@ -106,12 +93,14 @@ NABLA_DEVICE void produce(const ForwardParams& params, const typename Config::Ri
         if (!leads) continue;
         ptx::mbarrier_wait(rings.k_empty(at), at.parity() ^ 1);  // the last round's K has been read
         ptx::store_shared(rings.stage(at), Stage(at, kept).bits());
-        copy_tile<Config>(rings.k(at), params.k, rings.k_full(at), kept.run.first, kv_head,
-                          group.batch);
-        const bool is_short = kept.run.size < kBlock;
+        ptx::mbarrier_arrive_expect_tx(rings.k_full(at), Config::kTileBytes);
+        copy_tile<Config::kPanels>(rings.k(at), params.k, rings.k_full(at), kept.run.first, kv_head,
+                                   group.batch);
+        const uint32_t there = kept.run.size < kBlock ? rings.v_landed(at) : rings.v_full(at);
         ptx::mbarrier_wait(rings.v_empty(at), at.parity() ^ 1);  // the last round's V has been read
-        copy_tile<Config>(rings.v(at), params.v, is_short ? rings.v_landed(at) : rings.v_full(at),
-                          kept.run.first, kv_head, group.batch);
+        ptx::mbarrier_arrive_expect_tx(there, Config::kTileBytes);
+        copy_tile<Config::kPanels>(rings.v(at), params.v, there, kept.run.first, kv_head,
+                                   group.batch);
     }
     if (!leads) return;
     ptx::mbarrier_wait(rings.k_empty(at), at.parity() ^ 1);  // the last round's word has been read
@@ -132,11 +121,7 @@ NABLA_DEVICE void zero_tails(const AttentionParams& p, const typename Config::Ri
         if (kept.run.size == kBlock) continue;
         ptx::mbarrier_wait(rings.v_landed(at), parities >> at.slot() & 1);  // all has landed
         parities ^= 1u << at.slot();
-        NABLA_UNROLL
-        for (int panel = 0; panel < Config::kPanels; ++panel)
-            for (int byte = kept.run.size * 128 + ptx::lane_index() * 16; byte < kPanelBytes;
-                 byte += 32 * 16)
-                ptx::store_shared(rings.v(at) + panel * kPanelBytes + byte, ptx::U32x4{});
+        zero_tail<Config::kPanels>(rings.v(at), kept.run.size);
         ptx::fence_proxy_async();  // wgmma sees the zeros,
         ptx::sync_warp();          // those of all lanes
         if (leads) ptx::mbarrier_arrive(rings.v_full(at));
@@ -231,11 +216,6 @@ class Consumer {
         if (leads_) ptx::mbarrier_arrive(rings_.v_empty(current.at()));
     }
 
-    // From the descriptor of a K-contiguous tile to that of its 16 channels c.
-    NABLA_DEVICE static constexpr uint64_t chunk(int c) {
-        return (c / 4 * kPanelBytes + c % 4 * 32) / 16;
-    }
-
     // scores = q k^T
     NABLA_DEVICE void multiply_keys(float (&scores)[kScores], const Stage& stage) {
         const uint64_t keys = ptx::matrix_descriptor(rings_.k(stage.at()), 0, 1024);
@@ -243,11 +223,12 @@ class Consumer {
         ptx::wgmma_fence();  // q has been written, and what the scores were before is read
         NABLA_UNROLL
         for (int c = 0; c < kRegisterChunks; ++c)
-            ptx::wgmma_rs<T, kBlock, false>(scores, q_[c], keys + chunk(c), c > 0);
+            ptx::wgmma_rs<T, kBlock, false>(scores, q_[c], keys + channel_chunk(c), c > 0);
         NABLA_UNROLL
         for (int c = kRegisterChunks; c < kD / 16; ++c)
-            ptx::wgmma_ss<T, kBlock, false, false>(scores, queries + chunk(c - kRegisterChunks),
-                                                   keys + chunk(c), true);
+            ptx::wgmma_ss<T, kBlock, false, false>(scores,
+                                                   queries + channel_chunk(c - kRegisterChunks),
+                                                   keys + channel_chunk(c), true);
         ptx::wgmma_commit();
     }
 
@@ -258,7 +239,7 @@ class Consumer {
         ptx::wgmma_fence();  // weights and out have been written
         NABLA_UNROLL
         for (int c = 0; c < kBlock / 16; ++c)  // 16 keys each
-            ptx::wgmma_rs<T, kD, true>(out_, weights_[c], values + c * 16 * 128 / 16, true);
+            ptx::wgmma_rs<T, kD, true>(out_, weights_[c], values + row_chunk(c), true);
         ptx::wgmma_commit();
     }
 
@@ -289,17 +270,6 @@ class Consumer {
         return block < 0 ? BlockRun{0, 0} : query_blocks(p_).run(block);
     }
 
-    // The row of the block of accumulators i with row_of(i) == r.
-    NABLA_DEVICE static int thread_row(int r) {
-        return static_cast<int>(ptx::warp_index() % 4 * 16 + ptx::lane_index() / 4 + 8 * r);
-    }
-
-    // The first of the thread's elements in a row of q or out.
-    NABLA_DEVICE T* row_of_tensor(const View& x, const Group& group, int64_t row) const {
-        return static_cast<T*>(x.data) + group.batch * x.stride_b + group.head * x.stride_h +
-               row * x.stride_s + thread_column();
-    }
-
     // q into registers, and what these do not hold into shared memory; zeros behind the end of a
     // short block. Softmax takes the scale without its sign, which therefore goes into q.
     NABLA_DEVICE void load_queries(const Group& group, const BlockRun& rows) {
@@ -307,18 +277,18 @@ class Consumer {
         NABLA_UNROLL
         for (int r = 0; r < 2; ++r) {
             const int row = thread_row(r);
-            const T* q = row_of_tensor(p_.q, group, rows.first + row);
+            const T* q =
+                elements<T>(p_.q, group.batch, group.head, rows.first + row) + thread_column();
             NABLA_UNROLL
             for (int c = 0; c < kD / 8; ++c) {  // 8 channels each
                 const auto* address = reinterpret_cast<const uint32_t*>(q + 8 * c);
                 const uint32_t pair =
                     row < rows.size ? ptx::load_global_nc(address) ^ signs : 0;  // 2 channels
-                if (c / 2 < kRegisterChunks)
-                    q_[c / 2 % kRegisterChunks][c % 2 * 2 + r] = pair;
+                if (c / 2 < kRegisterChunks) q_[c / 2 % kRegisterChunks][c % 2 * 2 + r] = pair;
                 else
-                    ptx::store_shared(queries_ + (c / 8 - 1) * kPanelBytes + row * 128 +
-                                          (c % 8 ^ row % 8) * 16 + 2 * thread_column(),
-                                      pair);
+                    ptx::store_shared(
+                        piece_of_tile(queries_, row, c - 2 * kRegisterChunks) + 2 * thread_column(),
+                        pair);
             }
         }
         if (Config::kQueryBytes == 0) return;
@@ -336,11 +306,7 @@ class Consumer {
             if (thread_row(r) >= rows.size) continue;
             const int64_t row = rows.first + thread_row(r);
             const float sum = softmax_.sum(r), factor = sum == 0 ? 0 : ptx::reciprocal(sum);
-            T* out = row_of_tensor(p_.out, group, row);
-            NABLA_UNROLL
-            for (int i = 2 * r; i < kD / 2; i += 4)
-                ptx::store_global(reinterpret_cast<uint32_t*>(out + 2 * (i - 2 * r)),
-                                  ptx::pack<T>(out_[i] * factor, out_[i + 1] * factor));
+            store_row(elements<T>(p_.out, group.batch, group.head, row), out_, r, factor);
             if (thread_column() == 0) ptx::store_global(lse + row, softmax_.lse(r));
         }
     }

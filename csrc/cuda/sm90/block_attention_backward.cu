@@ -21,17 +21,14 @@
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "cuda/sm90/rings.cuh"
-#include "cuda/sm90/softmax.cuh"
+#include "cuda/sm90/tiles.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/union_walk.cuh"
 
 namespace nabla::sm90 {
 namespace {
 
-constexpr int kBlock = 64;                 // tokens of a block, rows of a tile
-constexpr int kPanelBytes = kBlock * 128;  // a tile is panels of 64 channels
-constexpr int kWarpgroup = 128;            // threads
-constexpr int kConsumers = 2;              // warpgroups
+constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536,
@@ -138,14 +135,9 @@ NABLA_DEVICE void produce(const BackwardParams& params, const typename Config::R
         const uint32_t barrier = kept.run.size < kBlock ? ring.landed(at) : ring.full(at);
         ptx::mbarrier_arrive_expect_tx(barrier, 2 * Config::kTileBytes + Config::kRowBytes);
         NABLA_UNROLL
-        for (int which = 0; which < 2; ++which) {
-            const cuda::BoxedTensor& x = params.walked[which];
-            NABLA_UNROLL
-            for (int panel = 0; panel < Config::kPanels; ++panel)
-                ptx::copy_tensor_4d(ring.tile(which, at) + panel * kPanelBytes, &x.map, barrier,
-                                    panel * cuda::kPanel, kept.run.first, head * x.head_step,
-                                    group.batch * x.batch_step);
-        }
+        for (int which = 0; which < 2; ++which)
+            copy_tile<Config::kPanels>(ring.tile(which, at), params.walked[which], barrier,
+                                       kept.run.first, head, group.batch);
         if constexpr (Config::kByKey)
             ptx::copy_bulk(ring.rows(at), p.delta + static_cast<int64_t>(tile) * (2 * kBlock),
                            Config::kRowBytes, barrier);
@@ -168,11 +160,9 @@ NABLA_DEVICE void zero_tails(const AttentionBackwardParams& p, const typename Co
         if (kept.run.size == kBlock) return;
         ptx::mbarrier_wait(ring.landed(at), parities >> at.slot() & 1);  // all has landed
         parities ^= 1u << at.slot();
-        NABLA_NO_UNROLL
-        for (int panel = 0; panel < 2 * Config::kPanels; ++panel)
-            for (int byte = kept.run.size * 128 + ptx::lane_index() * 16; byte < kPanelBytes;
-                 byte += 32 * 16)
-                ptx::store_shared(ring.tile(0, at) + panel * kPanelBytes + byte, ptx::U32x4{});
+        NABLA_UNROLL
+        for (int which = 0; which < 2; ++which)
+            zero_tail<Config::kPanels>(ring.tile(which, at), kept.run.size);
         ptx::fence_proxy_async();  // wgmma sees the zeros,
         ptx::sync_warp();          // those of all lanes
         if (leads) ptx::mbarrier_arrive(ring.full(at));
@@ -242,13 +232,6 @@ class Consumer {
 
     // ---- the blocks ----
 
-    // From the descriptor of a K-contiguous tile to that of its 16 channels c.
-    NABLA_DEVICE static constexpr uint64_t chunk(int c) {
-        return (c / 4 * kPanelBytes + c % 4 * 32) / 16;
-    }
-    // From that of a transposed tile to that of its 16 rows c.
-    NABLA_DEVICE static constexpr uint64_t row_chunk(int c) { return c * 16 * 128 / 16; }
-
     // product = own tile * tile of the walk^T
     NABLA_DEVICE void multiply(float (&product)[kScores], int which) {
         const uint64_t a = ptx::matrix_descriptor(own_ + which * Config::kTileBytes, 0, 1024);
@@ -256,7 +239,8 @@ class Consumer {
         ptx::wgmma_fence();  // what the product was before is read
         NABLA_UNROLL
         for (int c = 0; c < kD / 16; ++c)
-            ptx::wgmma_ss<T, kBlock, false, false>(product, a + chunk(c), b + chunk(c), c > 0);
+            ptx::wgmma_ss<T, kBlock, false, false>(product, a + channel_chunk(c),
+                                                   b + channel_chunk(c), c > 0);
         ptx::wgmma_commit();
     }
 
@@ -357,7 +341,7 @@ class Consumer {
         const int row = static_cast<int>(ptx::warp_index() % 4 * 16) + lane % 16;
         NABLA_UNROLL
         for (int c = 0; c < kBlock / 16; ++c)
-            ptx::stmatrix_x4(sums_smem + row * 128 + ((2 * c + lane / 16) ^ row % 8) * 16, ds[c]);
+            ptx::stmatrix_x4(piece_of_tile(sums_smem, row, 2 * c + lane / 16), ds[c]);
         ptx::fence_proxy_async();                 // wgmma sees dS^T,
         ptx::barrier_sync(barrier_, kWarpgroup);  // that of all warps
         release();                                // and leaves registers for the sums
@@ -388,16 +372,6 @@ class Consumer {
 
     // ---- global memory ----
 
-    // The row of the block of accumulators i with row_of(i) == r.
-    NABLA_DEVICE static int thread_row(int r) {
-        return static_cast<int>(ptx::warp_index() % 4 * 16 + ptx::lane_index() / 4 + 8 * r);
-    }
-
-    NABLA_DEVICE T* row_of_tensor(const View& x, const Group<kByKey>& group, int64_t row) const {
-        return static_cast<T*>(x.data) + group.batch * x.stride_b + group.head * x.stride_h +
-               row * x.stride_s;
-    }
-
     // A tile of the block into shared memory; zeros behind the end of a short one.
     NABLA_DEVICE void load_tile(uint32_t tile, const View& x, const Group<kByKey>& group,
                                 const BlockRun& rows) const {
@@ -409,9 +383,8 @@ class Consumer {
             ptx::U32x4 loaded{};
             if (row < rows.size)
                 loaded = ptx::load_global_nc(reinterpret_cast<const ptx::U32x4*>(
-                    row_of_tensor(x, group, rows.first + row) + 8 * piece));
-            ptx::store_shared(
-                tile + piece / 8 * kPanelBytes + row * 128 + (piece % 8 ^ row % 8) * 16, loaded);
+                    elements<const T>(x, group.batch, group.head, rows.first + row) + 8 * piece));
+            ptx::store_shared(piece_of_tile(tile, row, piece), loaded);
         }
     }
 
@@ -433,12 +406,9 @@ class Consumer {
                             const Group<kByKey>& group, const BlockRun& rows) const {
         NABLA_UNROLL
         for (int r = 0; r < 2; ++r) {
-            if (thread_row(r) >= rows.size) continue;
-            T* row = row_of_tensor(x, group, rows.first + thread_row(r)) + thread_column();
-            NABLA_UNROLL
-            for (int i = 2 * r; i < kD / 2; i += 4)
-                ptx::store_global(reinterpret_cast<uint32_t*>(row + 2 * (i - 2 * r)),
-                                  ptx::pack<T>(sum[i] * factor, sum[i + 1] * factor));
+            const int row = thread_row(r);
+            if (row >= rows.size) continue;
+            store_row(elements<T>(x, group.batch, group.head, rows.first + row), sum, r, factor);
         }
     }
 

@@ -1,28 +1,21 @@
 // The running softmax of 64 query rows, over blocks of 64 scores that lie in accumulators of wgmma.
 //
 // A thread has columns of rows lane / 4 and lane / 4 + 8 of its warp's 16. A score weighs
-// exp2(scale_log2 (score - reference)), and sums of weights are exact for any reference of a row. It
-// need not be the largest score: it follows one that would weigh more than 1 and more than an
+// exp2(scale_log2 (score - reference)), and sums of weights are exact for any reference of a row.
+// It need not be the largest score: it follows one that would weigh more than 1 and more than an
 // eighth of the sum so far. So what dominates a row weighs 1, which bf16 holds exactly, and most
 // blocks move no reference, which takes shuffles and rescales what has been summed. The difference
-// comes before the scale: beside a product that was rounded, a fused one would leave the rounding of
-// large scores in the weights.
+// comes before the scale: beside a product that was rounded, a fused one would leave the rounding
+// of large scores in the weights.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
 
 #include "cuda/ptx.cuh"
+#include "cuda/sm90/tiles.cuh"
 
 namespace nabla::sm90 {
-
-constexpr int kScores = 32;  // of a thread: 2 rows of 16
-
-// The row of accumulator i, 0 or 1.
-NABLA_DEVICE constexpr int row_of(int i) { return i >> 1 & 1; }
-
-// The first column of a thread's accumulators; the others follow in steps of 8, with the next ones.
-NABLA_DEVICE int thread_column() { return 2 * (ptx::lane_index() % 4); }
 
 class Softmax {
   public:
