@@ -90,5 +90,5 @@ aarch64:  ## the tests of the CPU kernels on an ARM processor, emulated
 
 # A PYTHON that is named is taken; else the one in .venv, if it is there.
 gpu-check: OUT ?= out/gpu-check
-gpu-check:  ## on a machine with CUDA: build, tests, sanitizer, benchmark into OUT, no network
+gpu-check:  ## on a machine with CUDA: build, tests, sanitizers, benchmark into OUT, no network
 	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu_check $(OUT)

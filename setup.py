@@ -32,7 +32,7 @@ class BuildKernels(build_ext):
         package = (ROOT if editable else Path(self.build_lib).resolve()) / "nabla"
         package.mkdir(parents=True, exist_ok=True)
         for module in SKIPPED_BY:
-            if module == "_cuda_emulated" and not editable:
+            if module == "_cuda_emulated" and not getattr(self, "editable_mode", False):
                 continue
             reason = package / f"{module}_build.txt"
             reason.unlink(missing_ok=True)

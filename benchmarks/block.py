@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import nabla
 from benchmarks import block_attention
@@ -88,8 +88,11 @@ def contests(shape: Shape, specs: Sequence[MaskSpec]) -> list[Contest]:
         about["density"] = float(mask.density())
         attentions.append((about, StatedAttention(mask, used), mask))
     return [
-        Contest([_case(part, run, count, shape, *attention) for attention in attentions])
-        for part, run, count in (("block", runs.block, 1), ("step", runs.step, layers))
+        Contest([_case(part, run, count, of_part, shape, *attention) for attention in attentions])
+        for part, run, count, of_part in (
+            ("block", runs.block, 1, runs.model.visual_transformer_blocks[0]),
+            ("step", runs.step, layers, runs.model),
+        )
     ]
 
 
@@ -102,6 +105,17 @@ def layers_that_fit(workload: Workload, device: torch.device) -> int:
     weights = 2 * workload.model.layers * (8 * dim**2 + 2 * dim * ff_dim)
     total = torch.cuda.get_device_properties(device).total_memory
     return workload.model.layers if weights < MEMORY_SHARE * total else 1
+
+
+def weight_bytes(module: nn.Module) -> float:
+    """Of the parameters of a module, each moved once."""
+    return float(sum(parameter.nbytes for parameter in module.parameters()))
+
+
+def token_bytes(shape: Shape) -> int:
+    """Of a token between two blocks."""
+    assert shape.workload.model is not None
+    return shape.workload.model.model_dim * shape.dtype.itemsize
 
 
 def random_model(workload: Workload, layers: int, shape: Shape) -> CrossDiT:
@@ -177,6 +191,7 @@ def _case(
     part: str,
     run: Callable[[VisualAttention], Tensor],
     layers: int,
+    module: nn.Module,
     shape: Shape,
     about: dict,
     attention: VisualAttention,
@@ -189,11 +204,12 @@ def _case(
         "bound_of_the_whole": shape.whole.bound(density),
     }
     flops = float(layers * (used.linear_flops + density * used.flops))
+    moved = weight_bytes(module) + 2 * used.grid.num_tokens * token_bytes(shape)
 
     def check() -> Accuracy:
         recorded = Recorded(attention)
         run(recorded)
         return check_attention(*recorded.seen, sampled(mask))
 
-    row = shape.row(STAGE, **about, part=part, flops=flops, values=values)
+    row = shape.row(STAGE, **about, part=part, flops=flops, bytes=moved, values=values)
     return Case(row, lambda: run(attention), check)

@@ -30,6 +30,7 @@ from benchmarks.results import MASK_PART, OURS
 from nabla import BlockMask, TokenGrid
 
 STAGE = "block_attention"
+SHARING = 3  # query blocks of a group, which load keys and values together on Hopper
 BACKWARD_WORK = 3.5  # FLOPs of forward and backward over those of the forward
 
 
@@ -118,9 +119,11 @@ class _Attention:
         density = float(mask.density())
         asked = None if spec.kind == "captured" else spec.density
         about = {"mask": str(spec), "asked": asked, "density": density}
-        ours = self.case(OURS, _ours, mask, mask, **about)
+        is_gpu = self.shape.device.type == "cuda"
+        shared = {"union": masks.union(mask, SHARING)} if is_gpu else {}
+        ours = self.case(OURS, _ours, mask, mask, **about, values=shared)
         cases = [ours]
-        if self.shape.device.type == "cuda" and not self.with_grad:
+        if is_gpu and not self.with_grad:
             cases.append(replace(ours, row=replace(ours.row, part="graph"), is_graph=True))
         for peer in with_role(peers, "sparse", self.shape.device):
             if self.with_grad and not peer.differentiable:
@@ -147,7 +150,8 @@ class _Attention:
         q, k, _ = (x.detach() for x in self.qkv)
         workload = self.shape.workload
         build = block_mask.builder(q, k, workload)
-        row = self.shape.row(self.stage, OURS, mask="built", part=MASK_PART)
+        about = block_mask.about(build, q, k)
+        row = self.shape.row(self.stage, OURS, part=MASK_PART, **about)
         options = {"top_p": workload.top_p, "window": workload.window}
         return Case(row, build, lambda: check_mask(build(), q, k, **options))
 

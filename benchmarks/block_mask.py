@@ -1,10 +1,12 @@
 """Stages 2 and 3: building the NABLA mask, against the sort-based way of the public code.
 
-Bytes are those of q and k, read once. The speed-up is over sorting.
+Bytes are those of q and k, read once, and of the mask; FLOPs those of the products of means. The
+speed-up is over sorting.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,8 +29,7 @@ def contest(shape: Shape, peers: list[Peer]) -> Contest:
     q, k, _ = shape.inputs()
     workload = shape.workload
     build = builder(q, k, workload)
-    density = float(build().density())
-    about = {"density": density, "bytes": float(q.nbytes + k.nbytes), "mask": "built"}
+    row = about(build, q, k)
 
     def check() -> Accuracy:
         return check_mask(build(), q, k, top_p=workload.top_p, window=workload.window)
@@ -44,9 +45,20 @@ def contest(shape: Shape, peers: list[Peer]) -> Contest:
                 raise WrongOutput(f"{share:.2%} of the mask differ from ours")
             return Accuracy(share, DIFFERING)
 
-        found.cases.append(Case(shape.row(STAGE, peer.name, **about), run, check_peer))
-    found.cases.append(Case(shape.row(STAGE, OURS, **about), build, check))
+        found.cases.append(Case(shape.row(STAGE, peer.name, **row), run, check_peer))
+    found.cases.append(Case(shape.row(STAGE, OURS, **row), build, check))
     return found
+
+
+def about(build: Callable[[], BlockMask], q: Tensor, k: Tensor) -> dict:
+    """What a row has to say of building a mask of q and k."""
+    blocks = build()
+    return {
+        "mask": "built",
+        "density": float(blocks.density()),
+        "flops": 2.0 * math.prod(blocks.shape) * q.shape[-1],  # of the products of means
+        "bytes": float(q.nbytes + k.nbytes + blocks.bits.nbytes),
+    }
 
 
 def builder(q: Tensor, k: Tensor, workload: Workload) -> Callable[[], BlockMask]:

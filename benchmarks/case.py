@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from benchmarks.accuracy import Accuracy
 from benchmarks.machine import name_of
 from benchmarks.peers.peer import Peer
-from benchmarks.results import Row
+from benchmarks.results import OURS, Row
 from benchmarks.workloads import Workload
 
 ROUNDS_AT_LEAST = 4.5  # what a step takes at least, in rounds: the check, and three timed ones
@@ -42,12 +43,17 @@ class Contest:
     """Cases that are timed in turn.
 
     Args:
-        cases: The reference, which ratios are of, comes first.
+        cases: What may be the reference comes first: ratios are of the first case that is right.
         with_grad: Whether autograd records; the cases then run forward and backward.
     """
 
     cases: list[Case] = field(default_factory=list)
     with_grad: bool = False
+
+    @property
+    def references(self) -> list[Case]:
+        """The cases that come before ours."""
+        return list(takewhile(lambda case: case.row.implementation != OURS, self.cases))
 
 
 class Pace(NamedTuple):
@@ -62,6 +68,12 @@ class Pace(NamedTuple):
     rates: dict[torch.dtype, float]
     busy: float
     tokens: Mapping[tuple[str, str], int] = MappingProxyType({})
+
+    def least_seconds(self, row: Row) -> float:
+        """What a case takes at least, by its FLOPs: to be checked, and three rounds."""
+        rates = {name_of(dtype): rate for dtype, rate in self.rates.items()}
+        flops = row.flops + row.extra_flops
+        return ROUNDS_AT_LEAST * flops / rates[row.dtype] if row.dtype in rates else 0.0
 
 
 @dataclass(frozen=True)

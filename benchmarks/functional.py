@@ -5,9 +5,8 @@ of it, against dense attention. The density is what its own mask keeps of these 
 from __future__ import annotations
 
 import nabla
-from benchmarks import block_attention
+from benchmarks import block_attention, block_mask
 from benchmarks.accuracy import Accuracy, check_attention, check_mask, sampled
-from benchmarks.block_mask import builder
 from benchmarks.case import Case, Contest, Shape, forward_bytes, with_role
 from benchmarks.peers.peer import Peer
 from benchmarks.results import OURS
@@ -25,7 +24,7 @@ def contest(shape: Shape, peers: list[Peer]) -> Contest:
     """Dense attention, nabla.attention, and its parts one by one."""
     q, k, v = shape.inputs()  # in block order: their blocks differ
     workload, grid = shape.workload, shape.workload.grid
-    build = builder(q, k, workload)
+    build = block_mask.builder(q, k, workload)
     mask = build()
     raster = [nabla.fractal_unflatten(x, grid) for x in (q, k, v)]
     out = nabla.block_sparse_attention(q, k, v, mask)
@@ -42,26 +41,30 @@ def contest(shape: Shape, peers: list[Peer]) -> Contest:
     def reorder():
         return [nabla.fractal_flatten(x, grid) for x in raster], nabla.fractal_unflatten(out, grid)
 
-    density = float(mask.density())
-    moved = forward_bytes(shape)
-    about = {"mask": "built", "density": density}
-    work = density * workload.flops
+    of_mask = block_mask.about(build, q, k)
+    work = {"flops": of_mask["density"] * workload.flops, "bytes": forward_bytes(shape)}
+    about = {"mask": "built", "density": of_mask["density"]}
+    parts = {
+        "reorder": (reorder, {"bytes": 8.0 * q.nbytes}),  # q, k, v and out, read and written
+        "mask": (build, of_mask),
+        "attention": (lambda: nabla.block_sparse_attention(q, k, v, mask), work),
+    }
     found = Contest()
     for peer in with_role(peers, "dense", shape.device):
         row = shape.row(
-            STAGE, peer.name, mask="dense", density=1.0, flops=float(workload.flops), bytes=moved
+            STAGE,
+            peer.name,
+            mask="dense",
+            density=1.0,
+            flops=float(workload.flops),
+            bytes=work["bytes"],
         )
         run = peer.prepare(q, k, v)
         found.cases.append(Case(row, run, lambda run=run: _check_dense(run(), q, k, v, shape)))
-    found.cases.append(
-        Case(shape.row(STAGE, OURS, **about, flops=work, bytes=moved), attention, check)
-    )
-    for part, run in zip(
-        PARTS,
-        (reorder, build, lambda: nabla.block_sparse_attention(q, k, v, mask)),
-        strict=True,
-    ):
-        found.cases.append(Case(shape.row(STAGE, OURS, part=part, **about), run, check))
+    found.cases.append(Case(shape.row(STAGE, OURS, **about | work), attention, check))
+    for part in PARTS:
+        run, of_part = parts[part]
+        found.cases.append(Case(shape.row(STAGE, OURS, part=part, **about | of_part), run, check))
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import Accuracy, check_attention, sampled
+from benchmarks.block import weight_bytes
 from benchmarks.block_attention import full_mask
 from benchmarks.case import Case, Contest, Shape
 from benchmarks.results import OURS, Row
@@ -72,6 +73,7 @@ def contest(shape: Shape) -> Contest:
             mask="dense" if kept == 1 else "built",
             density=kept,
             flops=used.model.calls * used.model.layers * per_layer,
+            bytes=used.model.calls * (weight_bytes(model) + 2 * noise.nbytes),
             values={"calls": used.model.calls, "bound": used.bound(density)},
         )
 
@@ -116,6 +118,7 @@ def extrapolate(rows: Sequence[Row]) -> list[Row]:
                 reason=reason,
                 seconds=Seconds(*times),
                 flops=0.0,
+                bytes=0.0,
                 rounds=0,
                 error=None,
                 allowed=None,

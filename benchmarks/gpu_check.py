@@ -1,11 +1,12 @@
-"""What only a GPU can show: build, tests, sanitizer and benchmark, and a record of them.
+"""What only a GPU can show: build, tests, sanitizers and benchmark, and a record of them.
 
     python -m benchmarks.gpu_check [OUT]      a folder; out/gpu-check if none is given
 
-Runs with the Python that runs it, from the checkout, without network, in under 8 minutes on an
-H200. That Python needs torch built for CUDA; what else is missing is named, and its step skipped.
-OUT gets record.json, log.txt, the rows benchmark.jsonl, and the report of the benchmarks.
-Exit status: 0 all passed, 1 something failed, 2 this machine cannot run it.
+Runs with the Python that runs it, from the checkout, without network, in less than 10 minutes: a
+step that takes longer than it may is stopped, the next ones have their time, and what it has shown
+is kept. That Python needs torch built for CUDA; what else is missing is named, and its step
+skipped. OUT gets record.json, page.md, log.txt, the rows benchmark.jsonl, and the report of the
+benchmarks. Exit status: 0 all passed, 1 something failed, 2 this machine cannot run it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,37 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 460  # of all steps together
-STEPS = {"build": 100, "tests": 200, "sanitizer": 100, "benchmark": 400}  # seconds at most, each
+SECONDS = 570  # of all steps together
+PAGE_SECONDS = 20  # for what comes after the last step
+LATE = 124  # the exit status of a step that was stopped
 NOT_SUPPORTED = "Device not supported"  # what compute-sanitizer says of some virtual machines
+
+
+class Budget(NamedTuple):
+    """Seconds of a step: it may take so many, and so many are left to it by those before it."""
+
+    most: int
+    least: int
+
+
+STEPS = {
+    "build": Budget(240, 0),
+    "tests": Budget(180, 90),
+    "memcheck": Budget(45, 20),
+    "racecheck": Budget(45, 20),
+    "initcheck": Budget(45, 20),
+    "synccheck": Budget(45, 20),
+    "benchmark": Budget(400, 150),
+}
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Kernels of ours, by their names: those of torch are not what the slower tools are to look at.
+OURS = r"nabla|(attention_\w+|block_mean|logits|softmax|select|starts|transpose)_kernel$"
 
 
 def main(out: Path) -> int:
@@ -50,20 +74,38 @@ def main(out: Path) -> int:
     commands = {
         "build": build_command,
         "tests": tests_command,
-        "sanitizer": sanitizer_command,
+        **{tool: partial(sanitizer_command, tool) for tool in SANITIZERS},
         "benchmark": benchmark_command,
     }
-    began = time.monotonic()
-    with open(out / "log.txt", "w") as log:
+    end = time.monotonic() + SECONDS - PAGE_SECONDS
+    (out / "benchmark.jsonl").unlink(missing_ok=True)  # of an earlier check
+    with open(out / "log.txt", "w", buffering=1) as log:
         for name, command in commands.items():
-            seconds = min(SECONDS - (time.monotonic() - began), STEPS[name])
+            seconds = seconds_of(name, end - time.monotonic())
             results[name] = run(name, command(out, seconds), seconds, log)
-            (out / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+            write(out, record)
+    record["predictions"] = predicted(out)
+    write(out, record)
     for name, result in results.items():
-        print(f"gpu-check: {name} {result.get('skipped') or result['exit_status'] or 'passed'}")
+        print(f"gpu-check: {name} {verdict(result)}")
     failed = any(result.get("exit_status") for result in results.values())
     print(f"gpu-check: {'FAILED' if failed else 'passed'}, record in {out}")
     return 1 if failed else 0
+
+
+def seconds_of(name: str, left: float) -> float:
+    """What a step may take of the seconds that are left to it and those after it."""
+    names = list(STEPS)
+    later = sum(STEPS[step].least for step in names[names.index(name) + 1 :])
+    return min(STEPS[name].most, left - later)
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """A word on a step."""
+    if "skipped" in result:
+        return result["skipped"]
+    status = result["exit_status"]
+    return {0: "passed", LATE: "out of time"}.get(status, f"FAILED with status {status}")
 
 
 # The steps: each is a command, or the reason to skip it.
@@ -85,19 +127,24 @@ def tests_command(out: Path, seconds: float) -> Sequence[str] | str:
         return f"no {', '.join(missing)}"
     marked = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if is_marked(path)]
     processes = ["--numprocesses", "4"] if find_spec("xdist") else []  # most of it is compilation
-    return [sys.executable, "-m", "pytest", "-m", "gpu", "--durations=10", *processes, *marked]
+    options = ["-v", "--durations=10"]  # each test has its line when it ends
+    return [sys.executable, "-m", "pytest", "-m", "gpu", *options, *processes, *marked]
 
 
-def sanitizer_command(out: Path, seconds: float) -> Sequence[str] | str:
-    """Reads and writes out of bounds, on small shapes."""
+def sanitizer_command(tool: str, out: Path, seconds: float) -> Sequence[str] | str:
+    """On small shapes: accesses out of bounds, races, what was never written, barriers missed."""
     cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     places = os.pathsep.join((os.environ.get("PATH", ""), f"{cuda_home}/bin"))
     if (sanitizer := shutil.which("compute-sanitizer", path=places)) is None:
         return "no compute-sanitizer"
     if isinstance(tests := tests_command(out, seconds), str):
         return tests
+    options = ["--tool", tool, "--error-exitcode", "99"]
+    options += (
+        ["--report-api-errors", "no"] if tool == "memcheck" else ["--kernel-regex", f"kns={OURS}"]
+    )
     return [
-        *(sanitizer, "--tool", "memcheck", "--error-exitcode", "99", "--report-api-errors", "no"),
+        *(sanitizer, *options),
         *(sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-k", "sanitizer"),
     ]
 
@@ -113,14 +160,14 @@ def benchmark_command(out: Path, seconds: float) -> Sequence[str] | str:
 
 
 def run(name: str, command: Sequence[str] | str, seconds: float, log: TextIO) -> dict:
-    """Run a step, its output to the terminal and the log; 124 is the exit status of a late one."""
+    """Run a step, its output to the terminal and the log."""
     if isinstance(command, str):
         log.write(f"== {name}: skipped, {command}\n")
         return {"skipped": command}
     log.write(f"== {name}: {' '.join(command)}\n")
     # Freed memory goes back to the device, so that the sanitizer sees every allocation end.
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if name == "sanitizer":
+    if name in SANITIZERS:
         environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     began, is_late, is_supported = time.monotonic(), threading.Event(), True
     process = subprocess.Popen(
@@ -146,13 +193,69 @@ def run(name: str, command: Sequence[str] | str, seconds: float, log: TextIO) ->
         is_supported &= NOT_SUPPORTED not in line
     status = process.wait()
     timer.cancel()
-    if name == "sanitizer" and not is_supported:
+    if name in SANITIZERS and not is_supported:
         return {"skipped": "compute-sanitizer does not support this device"}
     return {
         "command": list(command),
-        "exit_status": 124 if is_late.is_set() else status,
+        "exit_status": LATE if is_late.is_set() else status,
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+# The record, and what people read of it.
+
+
+def predicted(out: Path) -> dict[str, Any]:
+    """What our forward was predicted to reach beside what it reached, or why that is not known."""
+    import torch
+
+    from benchmarks.predictions import l2_bandwidth, predictions
+    from benchmarks.results import read
+    from nabla import cuda, dispatch
+
+    try:
+        run = read(out / "benchmark.jsonl")
+        compute_capability = dispatch.architecture(torch.device("cuda"))
+        found = predictions(run, cuda.architectures()[compute_capability])
+    except (FileNotFoundError, ValueError) as error:
+        return {"skipped": str(error)}
+    except KeyError:
+        return {"skipped": f"the CUDA kernels are not compiled for sm_{compute_capability}"}
+    return {"l2": l2_bandwidth(run), "forward": [one._asdict() for one in found]}
+
+
+def write(out: Path, record: dict[str, Any]) -> None:
+    """Write the record and its page."""
+    (out / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / "page.md").write_text(page(record))
+
+
+def page(record: dict[str, Any]) -> str:
+    """What people read of a record."""
+    from benchmarks.predictions import Prediction, table
+    from benchmarks.tables import Table
+
+    versions = record["environment"]["versions"]
+    steps = Table(
+        "",
+        ("step", "", "seconds"),
+        [[name, verdict(x), str(x.get("seconds", ""))] for name, x in record["steps"].items()],
+    )
+    parts = [
+        "# Check on a GPU",
+        f"{record['gpu']}; torch {versions['torch']}, triton {versions['triton']}, nabla "
+        f"{versions['nabla']} at {record['commit']}, {record['date']}",
+        steps.markdown(),
+    ]
+    found = record.get("predictions", {"skipped": "the benchmark has not ended"})
+    parts.append("## Predicted and measured")
+    if "skipped" in found:
+        parts.append(f"Not known: {found['skipped']}.")
+    else:
+        l2 = "was not measured" if found["l2"] is None else f"{found['l2'] / 1e12:.2f} TB/s"
+        lines = table([Prediction(**one) for one in found["forward"]])
+        parts += [f"L2 to shared memory, by bulk copies: {l2}.", lines.markdown(), *lines.notes]
+    return "\n\n".join(parts) + "\n"
 
 
 def missing() -> str | None:

@@ -47,7 +47,9 @@ def speedup(run: Run) -> bytes | None:
     others = [
         row
         for row in run.measured("block_attention")
-        if row.mask not in ("random", "dense", "built") and row.implementation == OURS
+        if row.mask not in ("random", "dense", "built")
+        and row.implementation == OURS
+        and row.speedup
     ]
     if not curves and not others:
         return None

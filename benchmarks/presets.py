@@ -3,7 +3,7 @@
 cpu         the stages on plain sequences, mask building of Kandinsky 5 Lite at 10 s, the tiny
             model: what a CPU can show in five minutes
 scaling     cost over tokens
-gpu         every stage of every real workload
+gpu         what L2 delivers, and every stage of every real workload
 smoke       a little of everything in a few seconds
 <workload>  every stage of one real workload; on a CPU with fewer heads and frames, and says so
 """
@@ -31,6 +31,7 @@ from benchmarks import (
 from benchmarks.case import ROUNDS_AT_LEAST, MaskSpec, Pace, Shape, Step
 from benchmarks.masks import CORRELATIONS
 from benchmarks.peers.peer import Peer
+from benchmarks.results import Row
 from benchmarks.workloads import BY_NAME, WORKLOADS, Workload, sequence
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -124,6 +125,21 @@ def workload_steps(workloads: Sequence[Workload]) -> Steps:
     return steps
 
 
+def gpu_steps(device: torch.device, peers: list[Peer], pace: Pace, left: float) -> list[Step]:
+    """What L2 delivers to shared memory, and all of every workload."""
+
+    def measure(suite, seconds: float) -> None:
+        from benchmarks import l2  # which needs Triton
+
+        if (reason := l2.absent(device)) is None:
+            suite.race(l2.contest(device), seconds)
+        else:
+            suite.rows.append(Row(l2.STAGE, "", status="absent", reason=reason))
+
+    of_l2 = Step("l2", "", torch.bfloat16, 0.0, measure, 3.0)
+    return [of_l2, *workload_steps(WORKLOADS)(device, peers, pace, left)]
+
+
 def smoke_steps(device: torch.device, peers: list[Peer], pace: Pace, left: float) -> list[Step]:
     """A little of everything."""
     lite = BY_NAME["k5-lite-10s"]
@@ -168,9 +184,9 @@ PRESETS = {
         "cost over tokens", (torch.bfloat16,), scaling_steps, {"cpu": 120.0, "cuda": 180.0}
     ),
     "gpu": Preset(
-        "every stage of every real workload",
+        "what L2 delivers, and every stage of every real workload",
         (torch.float32, torch.bfloat16),
-        workload_steps(WORKLOADS),
+        gpu_steps,
         {"cuda": 370.0},
     ),
     "smoke": Preset(

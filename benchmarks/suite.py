@@ -33,7 +33,7 @@ YARDSTICKS = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sorting")  # speed-ups are ov
 FURTHER_SAMPLES = 4  # of an output that is a little too far off by the first
 OVERHEAD = 12.0  # seconds for everything that is no step: measuring the machine, the report
 MOST_OVERHEAD = 8.0  # times that, on a busy machine
-SAFETY = 1.3  # a machine may slow down after the estimate
+SAFETY, BUSY_SAFETY = 1.3, 3.0  # a machine may slow down after the estimate, a busy one by more
 
 
 class Suite:
@@ -43,12 +43,17 @@ class Suite:
         device: Where to measure.
         peers: Whom to measure beside ours.
         say: Takes the rows of each finished step.
+        pace: How fast the machine is.
     """
 
     def __init__(
-        self, device: torch.device, peers: list[Peer], say: Callable[[list[Row]], None]
+        self,
+        device: torch.device,
+        peers: list[Peer],
+        say: Callable[[list[Row]], None],
+        pace: Pace,
     ) -> None:
-        self.device, self.peers, self.say = device, peers, say
+        self.device, self.peers, self.say, self.pace = device, peers, say, pace
         self.rows: list[Row] = []
         self.failures = 0
         self.stop = math.inf
@@ -64,12 +69,12 @@ class Suite:
             steps: What to measure.
             least: The seconds that each takes at least.
             aim: When by time.monotonic() there are no more rounds than there have to be.
-            stop: When nothing begins any more.
+            stop: When everything has ended: what would take longer does not begin.
         """
         self.stop = stop
         for index, step in enumerate(steps):
             left = aim - time.monotonic()
-            if time.monotonic() > stop:
+            if time.monotonic() + least[index] > stop:
                 self._skip(Row(step.stage, step.workload))
                 self.say(self.rows[-1:])
             else:
@@ -92,6 +97,8 @@ class Suite:
             self.rows.append(Row(step.stage, step.workload, status="absent", reason=reason))
         except Exception as error:
             self._fail(Row(step.stage, step.workload), "failed", error)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # peers are compiled for each shape, and it keeps only a few
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -100,16 +107,19 @@ class Suite:
 
     def race(self, race: Contest, seconds: float) -> None:
         """Check the cases, time those that are right in turn, and keep a row of each."""
-        began = time.monotonic()
+        began, planned = time.monotonic(), 0.0
         with torch.set_grad_enabled(race.with_grad):
-            checked = {}
-            for index, case in enumerate(race.cases):
-                if self.only is not None and index > 0 and case.row.key not in self.only:
+            checked: dict[int, tuple[Case, Accuracy]] = {}
+            for case in race.cases:
+                is_reference = not checked and case in race.references
+                if not (self.only is None or is_reference or case.row.key in self.only):
                     continue
-                if time.monotonic() > self.stop:
+                needed = self.pace.least_seconds(case.row)
+                if time.monotonic() + planned + needed > self.stop:
                     self._skip(case.row)
                 elif (accuracy := self._checked(case)) is not None:
                     checked[len(checked)] = (case, accuracy)
+                    planned += needed
             if not checked:
                 return
             timings = contest(
@@ -125,6 +135,8 @@ class Suite:
             for case, _ in checked.values():
                 self._skip(case.row)
             return
+        reference = checked[0][0]
+        has_reference = reference in race.references
         fastest = min(
             (timings[i].relative.median for i, (c, _) in checked.items() if c.row.mask == "dense"),
             default=1.0,
@@ -133,6 +145,11 @@ class Suite:
         of_mask = {"mask_relative": timings[masks[0]].relative.median} if masks else {}
         for index, (case, accuracy) in checked.items():
             timing, row = timings[index], case.row
+            if has_reference:
+                ratios = {"relative": timing.relative, "relative_cpu": timing.relative_cpu}
+                row = replace(row, **ratios, reference=reference.row.implementation, dense=fastest)
+            else:
+                row = replace(row, reason="nothing that is right to compare with")
             needs_mask = row.implementation == OURS and row.mask not in ("dense", "built")
             self.rows.append(
                 replace(
@@ -140,10 +157,6 @@ class Suite:
                     values=row.values | (of_mask if needs_mask else {}),
                     seconds=timing.seconds,
                     rounds=timing.rounds,
-                    relative=timing.relative,
-                    relative_cpu=timing.relative_cpu,
-                    reference=checked[0][0].row.implementation,
-                    dense=fastest,
                     error=accuracy.error,
                     allowed=accuracy.allowed,
                 )
@@ -219,12 +232,13 @@ def bench(
     earlier = [] if before is None else before.rows
     pace = Pace(rates, busyness(), {(row.workload, row.stage): row.tokens for row in earlier})
     overhead = OVERHEAD * min(pace.busy, MOST_OVERHEAD)
-    steps = definition.steps(where, others, pace, (budget - overhead) / SAFETY)
+    safety = SAFETY if pace.busy <= BUSY else BUSY_SAFETY
+    steps = definition.steps(where, others, pace, (budget - overhead) / safety)
     least = [step.least_seconds(pace) for step in steps]
     aim = estimate = budget
     if seconds is None:
         aim = max(budget, sum(least) + overhead)
-        estimate = max(budget, SAFETY * sum(least) + overhead)
+        estimate = max(budget, safety * sum(least) + overhead)
     if pace.busy > BUSY:
         say(
             f"this machine is busy ({pace.busy:.0f} processes for each core): expect noise, and "
@@ -232,7 +246,12 @@ def bench(
         )
     say(f"estimate: {aim:.0f} s, at most {estimate:.0f} s, for {len(steps)} steps")
 
-    suite = Suite(where, others, lambda rows: say(report.table(rows, limits)))
+    def finished(rows: list[Row]) -> None:
+        say(report.table(rows, limits))
+        if json is not None:  # who stops it keeps what there is
+            Run(preset, about, limits, suite.rows).write(json)
+
+    suite = Suite(where, others, finished, pace)
     suite.rows += [
         Row("peer", "", peer.name, "absent", why) for peer in others if (why := peer.absent(where))
     ]

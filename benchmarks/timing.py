@@ -84,7 +84,7 @@ def contest(
         reference: The case that ratios are of.
         device: Where they run.
         seconds: After which no round begins, except the first ones.
-        stop: When by time.monotonic() not even a first one begins.
+        stop: When by time.monotonic() all has ended: rounds that would take longer do not begin.
         least: Rounds that are run before `seconds` count.
         graphs: Cases to time as CUDA graphs.
 
@@ -98,9 +98,9 @@ def contest(
     of_cpu: dict[Hashable, list[float]] = {name: [] for name in cases}
     unsettled = [name for name in cases if name != reference]
     began, done = time.monotonic(), 0
-    while time.monotonic() < stop and (
+    while (
         done < least or (done < MOST_ROUNDS and unsettled and _fits(began, done, seconds))
-    ):
+    ) and _fits(began, done, stop - began):
         order = unsettled if done % 2 else unsettled[::-1]  # a drift is no advantage
         half = len(order) // 2
         taken = {}
@@ -198,6 +198,16 @@ def graphed(case: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
+def device_seconds(run: Callable[[], object]) -> float:
+    """Return the seconds that a GPU takes for what is launched."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def peak_memory(function: Callable[..., object], calls: Sequence[tuple]) -> list[int]:
     """Return the bytes that the peak of a fresh process is above what function() prepares.
 
@@ -213,7 +223,8 @@ def peak_memory(function: Callable[..., object], calls: Sequence[tuple]) -> list
 
 def _fits(began: float, done: int, seconds: float) -> bool:
     """Whether one more round, as long as those before, ends within so many seconds."""
-    return (time.monotonic() - began) * (done + 1) / done < seconds
+    spent = time.monotonic() - began
+    return (spent * (done + 1) / done if done else spent) < seconds
 
 
 def _cpu_seconds(case: Callable[[], object]) -> tuple[float, float]:
@@ -229,27 +240,16 @@ def _cpu_seconds(case: Callable[[], object]) -> tuple[float, float]:
 
 def _cuda_seconds(case: Callable[[], object]) -> tuple[float, float]:
     """Seconds of a case on the device, with a cold L2 cache; twice, as none are of a CPU."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
     flushed.zero_()  # empties the cache, and gives the launches a head start
-    start.record()
-    case()
-    end.record()
-    end.synchronize()
-    seconds = start.elapsed_time(end) / 1e3
+    seconds = device_seconds(case)
     return seconds, seconds
 
 
 def _graph_seconds(replay: Callable[[], object]) -> tuple[float, float]:
     """Seconds of a CUDA graph, replayed back to back; twice."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     replay()
-    start.record()
-    for _ in range(REPLAYS):
-        replay()
-    end.record()
-    end.synchronize()
-    seconds = start.elapsed_time(end) / 1e3 / REPLAYS
+    seconds = device_seconds(lambda: [replay() for _ in range(REPLAYS)]) / REPLAYS
     return seconds, seconds
 
 

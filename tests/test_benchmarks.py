@@ -29,7 +29,7 @@ from benchmarks import (
     timing,
     train,
 )
-from benchmarks.case import MaskSpec, Pace, Shape, Step
+from benchmarks.case import Contest, MaskSpec, Pace, Shape, Step
 from benchmarks.machine import Limits
 from benchmarks.results import OURS, Row, Run
 from benchmarks.timing import Ratio, Seconds
@@ -41,6 +41,7 @@ SMALL = Workload("small", (3, 16, 24), 2, 64, 0.6, (1, 3, 3), (0.5,))
 SHAPE = Shape(SMALL, SMALL, torch.float32, CPU)
 SPECS = [MaskSpec("random", 0.3), MaskSpec("nabla-like", 0.6, 0.5)]
 YARDSTICKS = peers.chosen(["sdpa", "sorting"])
+PACE = Pace({}, 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def _not_deterministic():
 
 
 def raced(contest):
-    found = suite.Suite(CPU, YARDSTICKS, lambda rows: None)
+    found = suite.Suite(CPU, YARDSTICKS, lambda rows: None, PACE)
     found.race(contest, 0.0)
     return found
 
@@ -108,6 +109,22 @@ def test_nabla_like_masks_have_the_density_and_the_correlation(correlation):
     assert statistics.mean(found) == pytest.approx(correlation, abs=0.03)
     densities = keep.float().mean((1, 2))
     assert densities[0] < densities[1] < densities[2]
+
+
+@pytest.mark.parametrize("extents", [(7, 16, 16), (1, 1, 512)], ids=["frames", "line"])
+def test_the_union_is_of_groups(extents):
+    grid = nabla.TokenGrid(*extents, block=(1, 8, 8) if extents[0] > 1 else (1, 1, 64))
+    mask = masks.random_mask(grid, 2, 0.2, CPU)
+    keep, places = mask.to_dense()[0], 4 if extents[0] > 1 else 1
+    loaded = kept = 0
+    for head in keep:
+        for first in range(0, grid.num_blocks // (3 * places) * 3 * places, 3 * places):
+            for place in range(places):
+                rows = [head[first + place + i * places] for i in range(3)]
+                loaded += int((rows[0] | rows[1] | rows[2]).sum())
+                kept += sum(int(row.sum()) for row in rows)
+    assert masks.union(mask, 3) == pytest.approx(3 * loaded / kept)
+    assert masks.union(block_attention.full_mask(grid, CPU), 3) == 1
 
 
 def test_the_captured_mask_is_the_models_own():
@@ -205,7 +222,8 @@ def test_right_kernels_get_times():
     for row in found.rows:
         assert row.seconds.p20 <= row.seconds.median <= row.seconds.p80
         assert row.error <= row.allowed
-        if row.density is not None and row.stage != "block_mask":
+        assert row.bytes > 0 and row.tokens and row.heads and row.dtype
+        if row.density is not None and row.mask != "built":
             work = {"block_attention": 1, "train": 3.5}[row.stage]
             assert row.flops == pytest.approx(row.density * work * SMALL.flops)
             assert row.efficiency == pytest.approx(row.density / row.relative.median)
@@ -274,11 +292,62 @@ def test_a_peer_that_fails_is_named_and_is_no_failure_of_ours():
     assert not found.failures
 
 
+def case_of(name, attention, mask=""):
+    """A case that computes what it is told to."""
+
+    def prepare(q, k, v, mask):
+        return lambda: attention(q, k, v)
+
+    shape = SHAPE.inputs(distinct_blocks=False)
+    made = block_attention._Attention("block_attention", SHAPE, shape, False)
+    everything = block_attention.full_mask(SMALL.grid, CPU)
+    return made.case(name, prepare, everything, everything, mask=mask, density=1.0)
+
+
+def test_the_reference_is_the_first_that_is_right():
+    """As cuDNN's attention, which gives NaN on some GPUs, would be the first."""
+    right = torch.nn.functional.scaled_dot_product_attention
+
+    def nan(q, k, v):
+        return right(q, k, v) * math.nan
+
+    def cases(*dense):
+        named = [case_of(f"dense-{i}", f, "dense") for i, f in enumerate(dense)]
+        return Contest([*named, case_of(OURS, right)])
+
+    found = raced(cases(nan, right, right))
+    assert [row.status for row in found.rows] == ["wrong"] + ["measured"] * 3
+    assert {row.reference for row in found.rows[1:]} == {"dense-1"}
+    again = suite.Suite(CPU, YARDSTICKS, lambda rows: None, PACE)
+    again.only = {found.rows[-1].key}
+    again.race(cases(nan, right, right), 0.0)
+    assert [row.implementation for row in again.rows] == ["dense-0", "dense-1", OURS]
+    assert again.rows[-1].reference == "dense-1"
+
+    alone = raced(cases(nan, nan)).rows[-1]
+    assert alone.seconds is not None and alone.relative is None and alone.speedup is None
+    assert alone.reason == "nothing that is right to compare with"
+
+
+def test_nothing_begins_that_cannot_end_in_time():
+    slow = Pace({torch.float32: SMALL.flops / 100.0}, 1.0)  # 100 seconds for dense attention
+    found = suite.Suite(CPU, YARDSTICKS, lambda rows: None, slow)
+    found.stop = time.monotonic() + 300
+    found.race(block_attention.contest(SHAPE, SPECS, YARDSTICKS), 0.0)
+    skipped = {(row.implementation, row.asked) for row in found.rows if row.status == "skipped"}
+    assert skipped == {("sdpa", None), (OURS, 0.6)}  # 450 seconds, and what is left of 300
+    assert all(row.reason == "out of time" for row in found.rows if row.status == "skipped")
+    step = Step("train", "small", torch.float32, SMALL.flops, lambda *_: pytest.fail("began"))
+    began = time.monotonic()
+    found.run([step], [step.least_seconds(slow)], aim=began + 300, stop=began + 300)
+    assert (found.rows[-1].stage, found.rows[-1].status) == ("train", "skipped")
+
+
 def test_what_needs_more_than_is_installed_is_absent_and_stops_nothing():
     def measure(suite_, seconds):
         raise ModuleNotFoundError("No module named 'av'", name="av")
 
-    found = suite.Suite(CPU, YARDSTICKS, lambda rows: None)
+    found = suite.Suite(CPU, YARDSTICKS, lambda rows: None, PACE)
     found.measure(Step("generate", "tiny", torch.float32, 1.0, measure), 1.0)
     (row,) = found.rows
     assert (row.status, found.failures) == ("absent", 0)

@@ -1,14 +1,22 @@
 """What `make gpu-check` runs, as far as a machine without a GPU can show."""
 
 import json
+import re
 import sys
 
+import pytest
 import torch
 
-from benchmarks import gpu_check, presets
+import nabla
+from benchmarks import bounds, gpu_check, predictions, presets
 from benchmarks.case import Pace
+from benchmarks.machine import Limits
 from benchmarks.peers import PEERS
+from benchmarks.results import OURS, Row, Run
+from benchmarks.sass import read_kernels
+from benchmarks.timing import Seconds
 from benchmarks.workloads import WORKLOADS
+from nabla.triton import block_attention, block_mask, blocks, scores
 
 
 def test_the_benchmark_of_a_gpu_covers_every_stage_of_every_workload():
@@ -16,7 +24,8 @@ def test_the_benchmark_of_a_gpu_covers_every_stage_of_every_workload():
     device = torch.device("cuda")
     pace = Pace({torch.float32: 1e14, torch.bfloat16: 5e14}, 1.0)
     steps = presets.find("gpu", device).steps(device, list(PEERS), pace, 300.0)
-    stages = [step.stage for step in steps]
+    first, *stages = [step.stage for step in steps]
+    assert first == "l2"
     for workload in WORKLOADS:
         of_workload = {step.stage for step in steps if step.workload == workload.name}
         assert of_workload == {
@@ -28,12 +37,17 @@ def test_the_benchmark_of_a_gpu_covers_every_stage_of_every_workload():
     assert last_forward < stages.index("train")
 
 
+ENVIRONMENT = {"versions": {"torch": "2", "triton": "3", "nabla": "0"}}
+
+
 def test_the_check_runs_its_steps_and_records_them(monkeypatch, tmp_path, capsys):
     said = [sys.executable, "-c", "print('hello from a step')"]
     failing = [sys.executable, "-c", "raise SystemExit(3)"]
     monkeypatch.setattr(gpu_check, "missing", lambda: None)
     monkeypatch.setattr(gpu_check, "build_command", lambda *_: "no cmake")
     monkeypatch.setattr(gpu_check, "sanitizer_command", lambda *_: "no compute-sanitizer")
+    monkeypatch.setattr(nabla.inspect, "environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr(nabla.dispatch, "architecture", lambda device: 90)
     for tests, benchmark_, status in ((said, said, 0), (said, failing, 1), (failing, said, 1)):
         monkeypatch.setattr(gpu_check, "tests_command", lambda *_, command=tests: command)
         monkeypatch.setattr(gpu_check, "benchmark_command", lambda *_, c=benchmark_: c)
@@ -43,6 +57,9 @@ def test_the_check_runs_its_steps_and_records_them(monkeypatch, tmp_path, capsys
         assert steps["build"] == {"skipped": "no cmake"}
         assert steps["tests"]["exit_status"] == (3 if tests is failing else 0)
         assert "hello from a step" in (tmp_path / "out" / "log.txt").read_text()
+        page = (tmp_path / "out" / "page.md").read_text()
+        assert "| build | no cmake |" in page and "Not known: " in page
+        assert ("FAILED with status 3" in page) == bool(status)
         assert ("FAILED" in capsys.readouterr().out) == bool(status)
 
 
@@ -52,6 +69,62 @@ def test_a_late_step_is_stopped(tmp_path):
         result = gpu_check.run("tests", command, 2.0, log)
     assert result["exit_status"] == 124
     assert result["seconds"] < 20
+
+
+def test_every_step_has_time_left():
+    """However long those before it take, and nothing takes ten minutes."""
+    left = gpu_check.SECONDS - gpu_check.PAGE_SECONDS
+    for name, budget in gpu_check.STEPS.items():
+        seconds = gpu_check.seconds_of(name, left)
+        assert budget.least <= seconds <= budget.most
+        left -= seconds
+    assert 0 <= left and gpu_check.SECONDS < 600
+    spared = gpu_check.SECONDS - gpu_check.PAGE_SECONDS
+    assert gpu_check.seconds_of("benchmark", spared) == gpu_check.STEPS["benchmark"].most
+
+
+@pytest.mark.parametrize("tool", gpu_check.SANITIZERS)
+def test_sanitizers_look_at_our_kernels(tool, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, **_: f"/bin/{name}")
+    command = gpu_check.sanitizer_command(tool, tmp_path, 30)
+    assert command[:3] == ["/bin/compute-sanitizer", "--tool", tool]
+    assert command[-2:] == ["-k", "sanitizer"]
+    assert ("--kernel-regex" in command) == (tool != "memcheck")
+
+
+def test_kernels_of_ours_are_known_by_name():
+    kernels = [
+        name
+        for module in (block_attention, block_mask, blocks, scores)
+        for name, value in vars(module).items()
+        if hasattr(value, "fn") and name.endswith("_kernel")
+    ]
+    assert len(kernels) > 5
+    kernels += [kernel.name for kernel in read_kernels(bounds.module_file(), "attention_forward")]
+    for name in kernels:
+        assert re.search(gpu_check.OURS, name), name
+    assert not re.search(gpu_check.OURS, "_ZN2at6native29vectorized_elementwise_kernelILi4E")
+
+
+def test_predictions_stand_beside_what_was_measured():
+    def row(seconds, union, **values):
+        return Row(
+            *("block_attention", "k5-pro-10s-hd", OURS),
+            **{"mask": "random", "asked": 0.1, "density": 0.1, "head_dim": 128},
+            **{"flops": 9e13, "values": {"union": union}, "seconds": Seconds(*[seconds] * 3)},
+            **values,
+        )
+
+    of_l2 = Row("l2", "tiles", "bulk copies", bytes=5e12, seconds=Seconds(1.0, 1.0, 1.0))
+    run = Run("gpu", {}, Limits(1e12, {}), [of_l2, row(0.3, 2.71), row(0.2, 1.0, part="graph")])
+    cold, warm = predictions.predictions(run, "sm_90a")
+    assert (cold.measured, warm.measured) == (pytest.approx(300), pytest.approx(450))
+    # Three query blocks load a K and a V of 16 KiB each for every block of their union.
+    assert cold.l2 == pytest.approx(4 * 64 * 64 * 128 / (2 * 16384 * 2.71 / 3) * 5)
+    assert cold.l2 < warm.l2 and cold.model < warm.model < 989
+    (line, _) = predictions.table([cold, warm]).cells
+    assert line[:4] == ["k5-pro-10s-hd", "random", "0.100", "2.71"]
+    assert line[-1] == f"{300 / min(cold.model, cold.l2):.2f}"
 
 
 def test_the_commands_of_the_check(tmp_path):

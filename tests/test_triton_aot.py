@@ -17,6 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import nabla
+from benchmarks import l2
 from benchmarks.sass import resource_usage
 from nabla import TokenGrid, dispatch
 from nabla.triton import block_attention, block_mask, scores
@@ -239,6 +240,19 @@ def test_scores(compiled, check):
 def test_selection_multiplies_exactly(compiled, architecture):
     select(1024)
     assert "mma" not in compiled["logits_kernel"].asm["ptx"]
+
+
+@pytest.mark.parametrize("architecture", [90], indirect=True, ids=lambda chip: f"sm_{chip}")
+def test_what_measures_l2_copies_in_bulk(compiled, check):
+    """Into a ring deep enough to hide the latency, by programs that fit a multiprocessor."""
+    table = torch.empty(l2.TILES * l2.TILE[0], l2.TILE[1], dtype=torch.bfloat16, device="meta")
+    l2.read(table, torch.empty(264, l2.SHARES, device="meta"), l2.STEPS)
+    kernel = compiled["read_tiles_kernel"]
+    assert check("l2", kernel) >= l2.PER_SM
+    (loop,) = innermost_loops(kernel.asm["ptx"], r"cp\.async\.bulk\.tensor")
+    assert "mma" not in kernel.asm["ptx"] and "ld.global" not in loop
+    tile = l2.TILE[0] * l2.TILE[1] * 2
+    assert kernel.metadata.shared >= (l2.STAGES - 1) * tile
 
 
 class NoHost(TorchDispatchMode):
