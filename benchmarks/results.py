@@ -223,8 +223,8 @@ def compare(before: Sequence[Row], now: Sequence[Row], *, is_busy: bool = False)
     Args:
         before: The rows of a run.
         now: Those of another.
-        is_busy: Whether other processes had the machine as well. Then CPU time has to agree: of the
-            two changes the one that is surer to be none counts.
+        is_busy: Whether other processes had the machine as well. Then CPU times are compared, where
+            both runs have them: they say of short cases, too, what those processes hardly change.
     """
     old = {row.key: row for row in before if row.relative is not None}
     changes = []
@@ -234,11 +234,10 @@ def compare(before: Sequence[Row], now: Sequence[Row], *, is_busy: bool = False)
             continue
         if row.reference != found.reference:
             continue
-        pairs = [(found.relative, row.relative)]
-        if is_busy:
-            pairs.append((found.relative_cpu, row.relative_cpu))
-        possible = [_change(row, a, b) for a, b in pairs if a is not None and b is not None]
-        changes.append(min(possible, key=lambda change: change.low))
+        if is_busy and found.relative_cpu is not None and row.relative_cpu is not None:
+            changes.append(_change(row, found.relative_cpu, row.relative_cpu))
+        else:
+            changes.append(_change(row, found.relative, row.relative))
     return changes
 
 

@@ -277,7 +277,7 @@ def compared(before: Run, now: Run, suite: Suite, say: Callable[[object], None])
         say(f"another machine or version, so more than our code is compared: {difference}")
     is_busy = before.is_busy or now.is_busy
     if is_busy:
-        say("one of the runs had a busy machine: what is slower has to be so in CPU time as well")
+        say("one of the runs had a busy machine: CPU times are compared")
     changes = results.compare(before.rows, now.rows, is_busy=is_busy)
     if not changes:
         raise ValueError(
