@@ -71,10 +71,10 @@ class Suite:
             aim: When by time.monotonic() there are no more rounds than there have to be.
             stop: When everything has ended: what would take longer does not begin.
         """
-        self.stop = stop
+        self.stop, alone = stop, self.pace._replace(busy=1.0)
         for index, step in enumerate(steps):
             left = aim - time.monotonic()
-            if time.monotonic() + least[index] > stop:
+            if time.monotonic() + step.least_seconds(alone) > stop:
                 self._skip(Row(step.stage, step.workload))
                 self.say(self.rows[-1:])
             else:
