@@ -33,7 +33,7 @@ SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 
-_DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = ("F64", "F32", "F16", "BF16")  # all others are quantized
 _SHOWN = 5
 
 
@@ -397,7 +397,7 @@ def _fitting_model(header: Header, config: CrossDiTConfig) -> CrossDiT:
     ]
     if reshaped:
         problems.append(f"{len(reshaped)} other shapes: {_some(reshaped)}")
-    if quantized := sorted(name for name, dtype in header.dtypes.items() if dtype not in _DTYPES):
+    if quantized := sorted(name for name, dtype in header.dtypes.items() if dtype not in DTYPES):
         kinds = ", ".join(sorted({header.dtypes[name] for name in quantized}))
         problems.append(f"{len(quantized)} quantized tensors ({kinds}): {_some(quantized)}")
     if problems:

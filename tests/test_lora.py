@@ -247,7 +247,54 @@ def test_dora_is_refused(tmp_path, model):
         apply_lora(model, tmp_path)
 
 
-def test_scale_must_be_finite(tmp_path, model):
+ALPHA = f"{QUERY}.alpha"
+BAD_TENSORS = {
+    "rank 0": ({f"{QUERY}.lora_A.weight": torch.zeros(0, 32),
+                f"{QUERY}.lora_B.weight": torch.zeros(32, 0)}, "to_query: its rank is 0"),
+    "alphas": ({ALPHA: torch.ones(2)}, r"to_query\.alpha is not one number"),
+    "an alpha of none": ({ALPHA: torch.tensor(float("nan"))}, "to_query by up to nan"),
+    "whole numbers": ({f"{QUERY}.lora_A.weight": torch.ones(4, 32).int()}, r"quantized \(I32\)"),
+    "8 bits": ({f"{QUERY}.lora_A.weight": torch.ones(4, 32).to(torch.float8_e4m3fn)}, "F8_E4M3"),
+    "no number": ({f"{QUERY}.lora_A.weight": torch.full((4, 32), float("nan"))}, "by up to nan"),
+    "infinity": ({f"{QUERY}.lora_B.weight": torch.full((32, 4), torch.inf)}, "by up to inf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "message"), BAD_TENSORS.values(), ids=BAD_TENSORS)
+def test_tensors_that_make_no_sense(tmp_path, model, tensors, message):
+    path = tmp_path / "lora.safetensors"
+    write(path, model)
+    save_file(load_file(path) | tensors, path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for use in (lambda: apply_lora(model, path), lambda: check_lora(path, CONFIG)):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert_equal(model, before)
+
+
+def test_a_description_without_values(tmp_path, model):
+    """peft writes null for what is not set."""
     write(tmp_path / "lora.safetensors", model)
-    with pytest.raises(ValueError, match="scale nan must be a finite number"):
-        apply_lora(model, tmp_path, scale=float("nan"))
+    nothing = dict.fromkeys(["lora_alpha", "alpha_pattern", "use_rslora", "use_dora"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(nothing))
+    wanted = expected(model, dict.fromkeys(RANKS, 1.0))
+    apply_lora(model, tmp_path)
+    assert_equal(model, wanted)
+
+
+def test_what_an_adapter_depends_on(tmp_path, model):
+    file, config = tmp_path / "lora.safetensors", tmp_path / "config_lora.json"
+    write(file, model, metadata={"trigger": "Zoom in. "})
+    assert check_lora(tmp_path, CONFIG).files == (file,)
+    config.write_text("{}")
+    adapter = check_lora(file, CONFIG)
+    assert adapter.files == (file, config) and adapter.trigger == "Zoom in. "
+    write(file, model, metadata={"lora_adapter_metadata": "{}"})
+    assert check_lora(file, CONFIG).files == (file,), "the file beside it is not read then"
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None, True])
+def test_scale_must_be_finite(tmp_path, model, scale):
+    write(tmp_path / "lora.safetensors", model)
+    with pytest.raises(ValueError, match=f"scale {scale!r} must be a finite number"):
+        apply_lora(model, tmp_path, scale=scale)
