@@ -9,7 +9,6 @@ So what is left out is known before the first call.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kandinsky_model.files import replacing
+from kandinsky_model.number import is_number
 from kandinsky_model.pretrained import require
 
 THRESHOLD = 0.12
@@ -51,9 +51,12 @@ def skip_schedule(ratios: Sequence[float], num_steps: int, *, branches: int = 2)
     Returns:
         [num_steps][branches], true where the visual blocks are left out.
     """
-    if len(ratios) % 2 or not all(math.isfinite(ratio) and ratio >= 0 for ratio in ratios):
+    if not isinstance(ratios, Sequence) or not all(is_number(x) and x >= 0 for x in ratios):
+        raise ValueError(f"magcache ratios {_some(ratios)} must be finite numbers from 0")
+    if not ratios or len(ratios) % 2:
         raise ValueError(
-            f"magcache ratios {_some(ratios)} must be two finite numbers a step, from 0"
+            f"magcache ratios {_some(ratios)} are {len(ratios)}: there must be two for every step "
+            "but the first, as --measure-magcache writes them"
         )
     for branch, name in enumerate(("with", "without")[:branches]):
         if not all(ratios[branch::2]):
@@ -86,9 +89,10 @@ def _nearest(values: list[float], length: int) -> list[float]:
     return [values[round(index * scale)] for index in range(length)]
 
 
-def _some(ratios: Sequence[float]) -> str:
-    shown = ", ".join(f"{ratio:g}" for ratio in ratios[:4])
-    return f"[{shown}{', ...' if len(ratios) > 4 else ''}]"
+def _some(ratios: Any) -> str:
+    if not isinstance(ratios, list | tuple):
+        return repr(ratios)
+    return f"[{', '.join(map(str, ratios[:4]))}{', ...' if len(ratios) > 4 else ''}]"
 
 
 class MagCache:
@@ -180,7 +184,9 @@ def read_ratios(path: str | Path) -> list[float]:
         values: Any = yaml.safe_load(path.read_text())
         if isinstance(values, dict):
             values = values["magcache"]["mag_ratios"]
-        return [float(value) for value in values]
+        if not isinstance(values, list) or not values:
+            raise TypeError(f"found {values!r}")
+        return [float(value) for value in values]  # YAML takes 1e-05 for text
     except FileNotFoundError:
         raise ValueError(
             f"magcache {path} does not exist: give upstream's configuration of the checkpoint "

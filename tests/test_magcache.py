@@ -74,10 +74,18 @@ def test_a_run_without_skips_is_the_plain_run():
     assert torch.equal(plain, cached)
 
 
-@pytest.mark.parametrize("ratios", [[1.0, 1.0, 1.0], [1.0, float("nan")], [-1.0, 1.0]])
+@pytest.mark.parametrize("ratios", [[1.0, float("nan")], [-1.0, 1.0], ["1", 1.0], 3, "11", None])
 def test_ratios_that_are_none(ratios):
-    with pytest.raises(ValueError, match="two finite numbers a step, from 0"):
+    with pytest.raises(ValueError, match="magcache ratios .* must be finite numbers from 0"):
         skip_schedule(ratios, 4)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("ratios", [[], [1.0], [1.0, 1.0, 1.0]])
+def test_ratios_of_no_whole_number_of_steps(ratios, branches):
+    """None at all would leave out all that may be left out."""
+    with pytest.raises(ValueError, match=f"are {len(ratios)}: there must be two for every step"):
+        skip_schedule(ratios, 20, branches=branches)
 
 
 def test_ratios_without_guidance_are_not_taken_for_those_with_it():
@@ -148,7 +156,21 @@ def test_files_of_ratios(tmp_path, name, text):
     assert read_ratios(tmp_path / name) == [0.99, 1.01, 1e-5, 1.0]
 
 
-@pytest.mark.parametrize("text", ["", "no", "[1, x]", "{a: 1}", "magcache: 3", "[[1]]", "{", "\0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no",
+        "[1, x]",
+        "{a: 1}",
+        "magcache: 3",
+        "[[1]]",
+        "{",
+        "\0",
+        "[]",
+        "magcache: {mag_ratios: '123'}",
+    ],
+)
 def test_files_without_ratios(tmp_path, text):
     (tmp_path / "ratios.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"ratios.yaml holds no ratios.*mag_ratios"):
