@@ -9,6 +9,7 @@ model, S tokens of C channels, H heads, N blocks of keys:  bfloat16 2 bytes, flo
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from kandinsky_model.config import CrossDiTConfig
 from kandinsky_model.model import CrossDiT, is_float32
 from kandinsky_model.presets import FPS, FRAMES_PER_LATENT, PIXELS_PER_LATENT, Preset, Size
+from kandinsky_model.vae import IMAGE_TILE, is_tiled
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -109,15 +111,26 @@ class MemoryPlan:
         """Whether any mode does."""
         return self.mode is not None
 
-    def check(self) -> None:
-        """Raise a ValueError with the figures if no mode fits."""
-        if not self.fits and self.device_memory is not None:
-            height, width = self.size
+    def check(self, device: torch.device | str = "cuda") -> Mode:
+        """The fastest mode that fits; if none does, a ValueError with the figures.
+
+        Args:
+            device: On a CPU, weights are files mapped into memory: only what is computed counts.
+        """
+        mode, height, width = self.mode, *self.size
+        job = f"{self.preset} at {height}x{width} with {self.frames} frames"
+        if mode is None and self.device_memory is not None:
             raise ValueError(
-                f"{self.preset} at {height}x{width} with {self.frames} frames needs "
-                f"{_gb(min(self.peaks.values()))} of device memory even when streamed, and there "
-                f"are {_gb(self.device_memory)}; take a smaller size or fewer seconds"
+                f"{job} needs {_gb(min(self.peaks.values()))} of device memory even when streamed, "
+                f"and there are {_gb(self.device_memory)}; take a smaller size or fewer seconds"
             )
+        needed, there = max(phase.activations for phase in self.phases), host_memory()
+        if torch.device(device).type == "cpu" and needed > there:
+            raise ValueError(
+                f"{job} needs {_gb(needed)} beside its weights, and this machine has {_gb(there)}; "
+                "take a smaller size or fewer seconds"
+            )
+        return mode or "resident"
 
     def describe(self) -> str:
         """A table for people, in GB (10^9 bytes)."""
@@ -175,7 +188,7 @@ def memory_plan(
     output_frames = (frames - 1) * FRAMES_PER_LATENT + 1
     pixels = output_frames * height * width
     frame = height * width if preset.takes_image else 0
-    vae = video_vae(pixels, frame) if preset.is_video else image_vae(pixels)
+    vae = video_vae(pixels, frame) if preset.is_video else image_vae(height, width)
     activations = model_activations(preset.model, tokens)
     if residuals:  # kept, and a new one beside the tokens it comes from
         activations += (residuals + 1) * 2 * tokens * preset.model.model_dim
@@ -264,16 +277,29 @@ def first_frame_activations(pixels: int) -> int:
     return max(1800 * pixels, (4 + 2) * tokens**2 + 2 * 1024 * tokens)
 
 
-def image_vae(pixels: int) -> Phase:
-    """FLUX's, in bfloat16: the last layers hold three times 256 channels of every pixel."""
+def image_vae(height: int, width: int) -> Phase:
+    """FLUX's, in bfloat16: the last layers hold three times 256 channels of every pixel of a tile.
+
+    A large image exists almost twice while its tiles are decoded, and twice more while they are
+    joined.
+    """
     part = Part("VAE of FLUX, bfloat16", 2 * 83_819_683, 2 * 83_819_683)
-    return Phase((part,), 3 * 256 * 2 * pixels)
+    image, decoder = 3 * 2 * height * width, 3 * 256 * 2
+    if not is_tiled(height, width):
+        return Phase((part,), decoder * height * width)
+    tile = decoder * min(height, IMAGE_TILE) * min(width, IMAGE_TILE)
+    return Phase((part,), max(tile + 2 * image, 4 * image))
 
 
 def device_memory(device: torch.device | str) -> int | None:
     """Bytes that are free on a CUDA device; None for others."""
     device = torch.device(device)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _gb(size: int) -> str:

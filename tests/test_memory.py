@@ -30,6 +30,7 @@ from kandinsky_model.memory import (
     streamed,
     video_vae,
 )
+from kandinsky_model.vae import VAE
 
 CONFIG = CrossDiTConfig(
     model_dim=64, ff_dim=128, time_dim=16, num_text_blocks=2, num_visual_blocks=4,
@@ -223,25 +224,34 @@ def test_a_first_frame_and_residuals_count():
     assert more == 3 * 2 * plain.tokens * preset.model.model_dim
 
 
-def test_activations_of_the_image_vae():
+@pytest.mark.parametrize("size", [(1024, 1024), (1536, 1536), (1024, 4096)])
+def test_activations_of_the_image_vae(size):
+    """Whole, and in tiles; the image is as our pipeline has it in the end."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with FakeTensorMode(), torch.no_grad():
-            vae = AutoencoderKL(
+            model = AutoencoderKL(
                 down_block_types=["DownEncoderBlock2D"] * 4,
                 up_block_types=["UpDecoderBlock2D"] * 4,
                 block_out_channels=[128, 256, 512, 512],
                 layers_per_block=2, latent_channels=16,
                 use_quant_conv=False, use_post_quant_conv=False,
             )  # fmt: skip
-            latents = torch.empty(1, 16, 128, 128)
+            latents = torch.empty(1, 1, size[0] // 8, size[1] // 8, 16)
+            autoencoder = VAE(model)
             with Meter() as meter:
-                vae.decode(latents)
+                autoencoder.decode(latents)
     finally:
         torch.set_default_dtype(torch.float32)
-    phase = image_vae(1024 * 1024)
-    assert phase.parts[0].weights == size_of(vae)
+    phase = image_vae(*size)
+    assert phase.parts[0].weights == size_of(model)
     assert 0.95 < meter.peak / phase.activations < 1.05
+
+
+def test_a_large_image_takes_little_more_than_a_tile():
+    preset = PRESETS["text-to-image-lite"]
+    vae = memory_plan(preset, (4096, 4096)).phases[2]
+    assert vae.activations < 1.2 * memory_plan(preset, (1024, 1024)).phases[2].activations
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -71,6 +71,33 @@ def test_tiles(shape, tiles, monkeypatch):
     assert torch.equal(decoded, expected)
 
 
+@pytest.mark.parametrize(
+    ("size", "tiles"), [((1408, 16), 1), ((16, 1424), 2), ((1600, 32), 3), ((1424, 784), 4)]
+)
+def test_large_images_go_tile_by_tile(size, tiles, monkeypatch):
+    """Both ways, as diffusers cuts them; up to the longest published side they are whole."""
+    model, pixels = tiny.image_vae(), frames(1, *size)
+    autoencoder, calls, bars = VAE(model), [], []
+    model.encoder.register_forward_hook(lambda *_: calls.append("encode"))
+    model.decoder.register_forward_hook(lambda *_: calls.append("decode"))
+    monkeypatch.setattr(module, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    latents = autoencoder.encode(pixels, generator=generator())
+    decoded = autoencoder.decode(latents, progress="decoding")
+    assert calls == ["encode"] * tiles + ["decode"] * tiles
+    assert bars[0].n == bars[0].total == tiles
+    other = tiny.image_vae()
+    other.use_tiling = tiles > 1
+    other.tile_sample_min_size, other.tile_latent_min_size = 1024, 128  # what FLUX's config says
+    with torch.no_grad():
+        x = (pixels / 127.5 - 1).permute(3, 0, 1, 2)[None, :, 0]  # strides decide on roundings
+        z = other.encode(x).latent_dist.sample(generator=generator())
+        scale = other.config.scaling_factor
+        y = other.decode(latents.permute(0, 4, 1, 2, 3)[:, :, 0] / scale).sample
+    actual = latents[:, 0].permute(0, 3, 1, 2)
+    torch.testing.assert_close(actual, scale * z, rtol=0, atol=1e-6)
+    assert torch.equal(decoded, ((y.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1))
+
+
 class Bar:
     """A progress bar that nobody sees."""
 
@@ -86,6 +113,14 @@ class Bar:
     def update(self):
         self.n += 1
         return True
+
+
+@pytest.mark.parametrize("factor", [None, 0, float("nan"), "0.4"])
+def test_a_scale_that_is_none(factor):
+    model = tiny.video_vae()
+    model.register_to_config(scaling_factor=factor)
+    with pytest.raises(ValueError, match=f"scaling_factor {factor!r} of this VAE must be a posit"):
+        VAE(model).check(tiny.CONFIG)
 
 
 def test_reading(tmp_path):
