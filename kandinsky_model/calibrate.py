@@ -18,8 +18,8 @@ from kandinsky_model.attention import NablaAttention
 from kandinsky_model.checkpoint import load_checkpoint
 from kandinsky_model.clip import fit, read_clip
 from kandinsky_model.demo import CLIP, FRAMES, SIZE, STRIDE, WEIGHTS, continue_clip
-from kandinsky_model.generate import check_memory, check_writable
-from kandinsky_model.memory import device_memory, memory_plan
+from kandinsky_model.files import check_writable
+from kandinsky_model.memory import device_memory
 from kandinsky_model.pipeline import Pipeline, pick_device
 from kandinsky_model.presets import Preset
 from kandinsky_model.request import Request
@@ -64,9 +64,7 @@ def of_preset(
         raise ValueError("--weights is missing: the folder that holds the weights")
     place = pick_device(device)
     jobs = [request.resolve(preset) for request in requests]
-    plan = memory_plan(preset, jobs[0].size, requests[0].seconds, device_memory(place))
-    check_memory(plan, place)
-    mode = plan.mode or "stream"
+    mode = jobs[0].plan(device_memory(place)).check(place)
     if offload and mode == "resident":
         mode = "offload"
     pipeline = Pipeline.load(weights, preset, device=place, mode=mode)

@@ -20,7 +20,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    draft = _draft(path)
     try:
         yield draft
         with draft.open("rb") as file:
@@ -30,9 +30,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise an error now if `replacing` could not write `path` later."""
+    path = Path(path)
+    try:
+        is_folder = path.is_dir()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _draft(path).touch()
+        _draft(path).unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
+    if is_folder:
+        raise ValueError(f"{path} is a folder; name a file in it")
+
+
 def remove_drafts(path: str | Path) -> None:
     """Remove what processes that were killed left of `path`."""
     path = Path(path)
     for draft in path.parent.iterdir():
         if re.fullmatch(rf"\.\d+-{re.escape(path.name)}", draft.name):
             draft.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{os.getpid()}-{path.name}")

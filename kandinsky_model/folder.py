@@ -43,6 +43,8 @@ PIPELINES: dict[Task, str] = {
 
 _REPOSITORY = re.compile(r"kandinsky-5\.0-(?P<task>[ti]2[vi])-(?P<size>lite|pro)(?P<rest>(-\w+)*)")
 _CHUNK = 2**24  # bytes hashed at a time
+_SAMPLE = 2**12  # bytes of a chunk that stand for it
+_DIGITS = 16  # of a digest
 
 
 @dataclass(frozen=True)
@@ -106,23 +108,50 @@ def find_parts(folder: str | Path, preset: Preset) -> Parts:
     )
 
 
-def sha256(checkpoint: str | Path) -> dict[str, str]:
-    """SHA-256 of what is in the safetensors of a folder or a checkpoint, by their names."""
-    path = Path(checkpoint)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else read_header(path).parts
-    return {file.name: _digest(file) for file in files}
+def fingerprint(parts: Parts) -> dict[str, str]:
+    """What tells these weights from others: a digest of every file that is read, by its name.
+
+    What an interrupted run still computes with, and all that is small, counts byte for byte. The
+    text encoders are large and have done their work by then: of their tensors count names, shapes
+    and dtypes, and of each the first 4 KiB of every 16 MiB.
+    """
+    texts = [parts.text_encoder, parts.tokenizer, parts.text_encoder_2, parts.tokenizer_2]
+    small = [
+        file for folder in texts for end in ("json", "txt") for file in folder.glob(f"*.{end}")
+    ]
+    whole = [parts.vae / "config.json", *parts.vae.glob("*.safetensors"), *small]
+    found = {f"model/{file.name}": digest(file) for file in read_header(parts.model).parts}
+    found |= {f"{file.parent.name}/{file.name}": digest(file) for file in sorted(set(whole))}
+    for folder in (parts.text_encoder, parts.text_encoder_2):
+        for file in sorted(folder.glob("*.safetensors")):
+            found[f"{folder.name}/{file.name}"] = _digest_of_samples(file)
+    return found
 
 
-def _digest(path: Path) -> str:
-    """SHA-256 of the SHA-256 of its chunks, which are read side by side."""
+def digest(path: Path) -> str:
+    """Of every byte: SHA-256, cut to 16 digits, of that of its chunks, read side by side."""
     with path.open("rb") as file, ThreadPoolExecutor() as pool:
 
         def chunk(start: int) -> bytes:
             return hashlib.sha256(os.pread(file.fileno(), _CHUNK, start)).digest()
 
-        return hashlib.sha256(
-            b"".join(pool.map(chunk, range(0, path.stat().st_size, _CHUNK)))
-        ).hexdigest()
+        digests = pool.map(chunk, range(0, path.stat().st_size, _CHUNK))
+        return hashlib.sha256(b"".join(digests)).hexdigest()[:_DIGITS]
+
+
+def _digest_of_samples(path: Path) -> str:
+    """Of the header of a safetensors file, and of the beginning of each chunk of each tensor."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+        found = hashlib.sha256(header)
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        for tensor in tensors.values():
+            start, end = tensor["data_offsets"]
+            for at in range(start, end, _CHUNK):
+                found.update(os.pread(file.fileno(), min(_SAMPLE, end - at), 8 + size + at))
+        return found.hexdigest()[:_DIGITS]
 
 
 def _check_preset(model: Path, preset: Preset) -> None:

@@ -3,7 +3,6 @@
 Beside the file lies <file>.state.safetensors until it is done: the same command goes on from there.
 """
 
-import os
 import re
 from itertools import chain, count
 from pathlib import Path
@@ -13,12 +12,13 @@ from rich.console import Console
 
 from kandinsky_model import presets
 from kandinsky_model.clip import check_suffix, write_frames
-from kandinsky_model.files import remove_drafts, replacing
+from kandinsky_model.files import check_writable, remove_drafts
 from kandinsky_model.magcache import RatioMeter, write_ratios
-from kandinsky_model.memory import MemoryPlan, Mode, device_memory, memory_plan
+from kandinsky_model.memory import device_memory
 from kandinsky_model.pipeline import Pipeline, pick_device
 from kandinsky_model.presets import FPS
 from kandinsky_model.request import Job, Request
+from kandinsky_model.state import Arguments, is_state_of
 from kandinsky_model.text import Variant
 
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
@@ -59,49 +59,47 @@ def run(
     console = Console(highlight=False, soft_wrap=True)
     preset = presets.preset(preset_name)
     place = pick_device(device)
-    plan = memory_plan(
-        preset,
-        request.size_of(preset),
-        request.seconds,
-        device_memory(place),
-        residuals=0 if request.magcache is None else 2,
-    )
+    plan = request.plan(preset, device_memory(place))
     if plan_only:
         console.print(plan.describe())
         return None
     if weights is None:
         raise ValueError("--weights is missing: the folder that holds the weights")
-    check_memory(plan, place)  # before an image is brought to the size
+    mode = plan.check(place)  # before an image is brought to the size
     job = request.resolve(preset)
-    out = out or default_path(job)
-    check_suffix(out, is_video=preset.is_video)
     if measure_magcache is not None and (job.num_steps == 1 or job.schedule is not None):
         raise ValueError(
             f"--measure-magcache {measure_magcache} takes two steps or more, and no --magcache"
         )
-    mode: Mode = plan.mode or "stream"
+    if out is not None:
+        check_suffix(out, is_video=preset.is_video)
     if offload and mode == "resident":
         mode = "offload"
     pipeline = Pipeline.load(
         weights, preset, device=place, mode=mode, lora=lora, lora_scale=lora_scale, variant=variant
     )
-    for path in filter(None, (out, measure_magcache)):
-        check_writable(path)
-    state = out.with_name(f"{out.name}.state.safetensors")
+    if out is not None:
+        check_outputs(out, measure_magcache)
     height, width = job.size
     what = "image" if job.frames == 1 else f"{job.frames} frames"
     console.print(
         f"{preset.name}: {what} of {height} x {width} pixels in {job.num_steps} steps, guidance "
         f"{job.guidance_scale:g}, seed {job.seed}, {place} ({mode})"
     )
-    if state.exists():
+    arguments = pipeline.arguments(job, measures=measure_magcache is not None)
+    if out is None:
+        out = free_path(job, arguments)
+        check_outputs(out, measure_magcache)
+    state = state_path(out)
+    if is_state_of(state, arguments):
         console.print(f"goes on with {state}")
     meter = None if measure_magcache is None else RatioMeter()
     try:
         frames = pipeline(request, state=state, meter=meter)
         write_frames(frames, out, fps=FPS)
     except KeyboardInterrupt:
-        what = f"the same command goes on with {state}" if state.exists() else "nothing is kept"
+        kept = is_state_of(state, arguments)
+        what = f"the same command goes on with {state}" if kept else "nothing is kept"
         console.print(f"interrupted: {what}")
         raise SystemExit(INTERRUPTED) from None
     except torch.OutOfMemoryError as error:
@@ -116,35 +114,38 @@ def run(
     return out
 
 
-def check_memory(plan: MemoryPlan, device: torch.device) -> None:
-    """Raise an error with the figures if the device cannot hold the work.
+def state_path(out: Path) -> Path:
+    """Where an interrupted run to a file is kept."""
+    return out.with_name(f"{out.name}.state.safetensors")
 
-    On a CPU, weights are files mapped into memory, so that only what is computed counts.
+
+def check_outputs(out: Path, measure_magcache: Path | None) -> None:
+    """Raise an error now if a file cannot be written later, or would be written twice."""
+    files = [out, state_path(out)]
+    if measure_magcache is not None:
+        if measure_magcache.resolve() in [file.resolve() for file in files]:
+            raise ValueError(f"--measure-magcache {measure_magcache} is of the video; name another")
+        files.append(measure_magcache)
+    for file in files:
+        check_writable(file)
+
+
+def free_path(job: Job, arguments: Arguments) -> Path:
+    """A name of the first words of the prompt and the seed, of no file that is there.
+
+    If a run with these arguments was interrupted, its name; never that of another one.
     """
-    plan.check()
-    if device.type == "cpu":
-        needed, there = max(phase.activations for phase in plan.phases), host_memory()
-        if needed > there:
-            raise ValueError(
-                f"{plan.preset} at {plan.size[0]}x{plan.size[1]} with {plan.frames} frames needs "
-                f"{needed / 1e9:.2f} GB beside its weights, and this machine has "
-                f"{there / 1e9:.2f} GB; take a smaller size or fewer seconds"
-            )
-
-
-def host_memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def default_path(job: Job) -> Path:
-    """A name of the first words of the prompt and the seed, of no file that is there."""
     words = "-".join(re.findall(r"\w+", job.prompt.lower())[:6])
     words = words.encode()[:60].decode(errors="ignore") or "prompt"  # names are limited in bytes
     suffix = "mp4" if job.preset.is_video else "png"
     names = chain([""], (f"-{number}" for number in count(2)))
     paths = (Path("out") / f"{words}-{job.seed}{name}.{suffix}" for name in names)
-    return next(path for path in paths if not path.exists())
+
+    def is_free(path: Path) -> bool:
+        state = state_path(path)
+        return not path.exists() and (not state.exists() or is_state_of(state, arguments))
+
+    return next(filter(is_free, paths))
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -153,16 +154,3 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"--size {text!r} is not a height and a width such as 512x768")
     return int(match[1]), int(match[2])
-
-
-def check_writable(path: Path) -> None:
-    """Raise an error now if `path` cannot be written later."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file in it")
-    probe = path.with_name(f"{path.name}.probe")
-    try:
-        with replacing(probe) as draft:
-            draft.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error}") from error

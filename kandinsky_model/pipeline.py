@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from kandinsky_model import presets
 from kandinsky_model.attention import NablaAttention
-from kandinsky_model.checkpoint import load_checkpoint, read_header
-from kandinsky_model.folder import find_parts, sha256
+from kandinsky_model.checkpoint import load_checkpoint
+from kandinsky_model.files import check_writable
+from kandinsky_model.folder import digest, find_parts, fingerprint
 from kandinsky_model.lora import apply_lora, check_lora
 from kandinsky_model.magcache import Cache, MagCache, RatioMeter
-from kandinsky_model.memory import Mode, streamed
+from kandinsky_model.memory import MODES, Mode, device_memory, streamed
 from kandinsky_model.model import CrossDiT
 from kandinsky_model.presets import Preset
 from kandinsky_model.request import Job, Request
 from kandinsky_model.sampler import Callback, Velocity, euler, guided_velocity, timesteps
-from kandinsky_model.state import load_state, save_state
+from kandinsky_model.state import Arguments, load_state, save_state
 from kandinsky_model.text import CONTENT, Text, TextEncoder, Variant
 from kandinsky_model.vae import VAE
 from nabla.inspect import Curves, calibrate
@@ -48,35 +48,37 @@ class Part(Generic[P]):
     """A part of a pipeline, read when it is first used.
 
     Args:
-        load: Reads it; to the device only if it is resident.
+        load: Reads it onto a device.
         device: Where it works.
-        mode: How it gets there, see `kandinsky_model.memory`.
     """
 
-    def __init__(self, load: Callable[[], P], device: torch.device, mode: Mode) -> None:
-        self._load: Callable[[], P] = load
-        self._device, self._mode = device, mode
+    def __init__(self, load: Callable[[torch.device], P], device: torch.device) -> None:
+        self._load: Callable[[torch.device], P] = load
+        self._device = device
         self._part: P | None = None
+        self._home: torch.device | None = None  # where it is while it does not work
 
     @contextmanager
-    def at_work(self) -> Iterator[P]:
-        """The part, on its device."""
-        part = self._part = self._part or self._load()
-        if self._mode == "resident":
-            yield part.to(self._device)
-        elif self._device.type == "cpu":  # nowhere to go but out of memory
-            try:
+    def at_work(self, mode: Mode) -> Iterator[P]:
+        """The part, on its device; how it gets there is told in `kandinsky_model.memory`."""
+        home = self._device if mode == "resident" else torch.device("cpu")
+        if home != self._home:
+            self._part, self._home = None, home
+        part = self._part = self._part or self._load(home)
+        if home != self._device:
+            with streamed(part, self._device, self._blocks(part, mode)):
                 yield part
-            finally:
+            return
+        try:
+            yield part
+        finally:
+            if mode != "resident":  # nowhere to go but out of memory
                 self._part = None
-        else:
-            with streamed(part, self._device, self._blocks(part)):
-                yield part
 
-    def _blocks(self, part: nn.Module) -> Sequence[nn.Module] | None:
+    def _blocks(self, part: nn.Module, mode: Mode) -> Sequence[nn.Module] | None:
         if isinstance(part, TextEncoder):
             return part.blocks
-        return None if isinstance(part, CrossDiT) and self._mode == "stream" else ()
+        return None if isinstance(part, CrossDiT) and mode == "stream" else ()
 
 
 class Pipeline:
@@ -84,12 +86,13 @@ class Pipeline:
 
     Args:
         preset: What is generated, and how.
-        load_text_encoder: Reads the text encoder, when it is first used.
+        load_text_encoder: Reads the text encoder onto a device, when it is first used.
         load_model: Likewise.
         load_vae: Likewise.
         device: Where they work.
         mode: "resident": they stay there. "offload": each is there only while it works, Qwen2.5-VL
-            layer by layer. "stream": so does the model, block by block.
+            layer by layer. "stream": so does the model, block by block. None takes for every
+            request the first of these that the memory allows which is free on the device now.
         fingerprint: What tells these weights from others, by the names of their files: an
             interrupted run goes on with the same ones only. Called by the first run with a state.
         trigger: What goes before every prompt.
@@ -98,21 +101,24 @@ class Pipeline:
     def __init__(
         self,
         preset: Preset,
-        load_text_encoder: Callable[[], TextEncoder],
-        load_model: Callable[[], CrossDiT],
-        load_vae: Callable[[], VAE],
+        load_text_encoder: Callable[[torch.device], TextEncoder],
+        load_model: Callable[[torch.device], CrossDiT],
+        load_vae: Callable[[torch.device], VAE],
         *,
         device: torch.device | str = "cpu",
-        mode: Mode = "resident",
+        mode: Mode | None = None,
         fingerprint: Callable[[], Mapping[str, str]] = dict,
         trigger: str = "",
     ) -> None:
+        if mode is not None and mode not in MODES:
+            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         self.preset, self.device = preset, torch.device(device)
         self.trigger = trigger
+        self._mode, self._memory = mode, device_memory(self.device)
         self._fingerprint = cache(fingerprint)
-        self._text_encoder = Part(load_text_encoder, self.device, mode)
-        self._model = Part(load_model, self.device, mode)
-        self._vae = Part(load_vae, self.device, mode)
+        self._text_encoder = Part(load_text_encoder, self.device)
+        self._model = Part(load_model, self.device)
+        self._vae = Part(load_vae, self.device)
 
     @classmethod
     def load(
@@ -121,7 +127,7 @@ class Pipeline:
         preset: str | Preset,
         *,
         device: torch.device | str | None = None,
-        mode: Mode = "resident",
+        mode: Mode | None = None,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
         variant: Variant = "original",
@@ -149,25 +155,22 @@ class Pipeline:
         vae.check(preset.model)
         texts = parts.text_encoder, parts.tokenizer, parts.text_encoder_2, parts.tokenizer_2
         edits = preset.task == "image-to-image"
-        TextEncoder.check(*texts, preset.model, images=edits)
+        TextEncoder.check(*texts, preset.model, images=edits, variant=variant)
+        adapter = None
         if lora is not None:
-            check_lora(lora, preset.model)
+            adapter = check_lora(lora, preset.model, scale=lora_scale)
+        elif lora_scale != 1.0:
+            raise ValueError(f"lora_scale {lora_scale!r} is the strength of a lora: give one too")
 
-        def fingerprint() -> dict[str, str]:
-            files = {"model": parts.model, "vae": parts.vae, "lora": lora}
-            found = {
-                f"{part}/{name}": digest
-                for part, path in files.items()
-                if path is not None
-                for name, digest in sha256(path).items()
-            }
-            return found | {"templates": variant, "lora_scale": str(lora_scale)}
+        def digests() -> dict[str, str]:
+            found = fingerprint(parts) | {"templates": variant, "lora_scale": str(lora_scale)}
+            files = () if adapter is None else adapter.files
+            return found | {f"lora/{file.name}": digest(file) for file in files}
 
-        def load_text_encoder() -> TextEncoder:
-            return TextEncoder.load(*texts, images=edits, variant=variant)
+        def load_text_encoder(target: torch.device) -> TextEncoder:
+            return TextEncoder.load(*texts, images=edits, variant=variant).to(target)
 
-        def load_model() -> CrossDiT:
-            target = device if mode == "resident" else "cpu"
+        def load_model(target: torch.device) -> CrossDiT:
             model = load_checkpoint(parts.model, config=preset.model, device=target)
             if lora is not None:
                 apply_lora(model, lora, scale=lora_scale)
@@ -177,11 +180,11 @@ class Pipeline:
             preset,
             load_text_encoder,
             load_model,
-            lambda: vae,
+            vae.to,
             device=device,
             mode=mode,
-            fingerprint=fingerprint,
-            trigger="" if lora is None else _trigger(lora),
+            fingerprint=digests,
+            trigger="" if adapter is None else adapter.trigger,
         )
 
     def __call__(
@@ -207,13 +210,11 @@ class Pipeline:
         Returns:
             Frames [T, height, width, 3], uint8 on the CPU; an image is one frame.
         """
-        latents = self.latents(
-            request, state=state, callback=callback, meter=meter, progress=progress
-        )
-        with self._vae.at_work() as vae:
+        job = self.resolve(request)
+        latents = self._latents(job, state, callback, meter, progress=progress)
+        with self._vae.at_work(self.mode(job)) as vae:
             return vae.decode(latents, progress="decoding" if progress else None)
 
-    @torch.no_grad()
     def latents(
         self,
         request: Request | str,
@@ -224,14 +225,40 @@ class Pipeline:
         progress: bool = True,
     ) -> Tensor:
         """The latents [1, T', H / 8, W / 8, C], float32, that `__call__` with these decodes."""
+        return self._latents(self.resolve(request), state, callback, meter, progress=progress)
+
+    def resolve(self, request: Request | str) -> Job:
+        """A request in full, or an error that says what is wrong with it."""
         request = Request(request) if isinstance(request, str) else request
-        job, path = request.resolve(self.preset), None if state is None else Path(state)
+        return request.resolve(self.preset)
+
+    def mode(self, job: Job) -> Mode:
+        """How parts get to the device, or an error with the figures if it cannot hold the work."""
+        fastest = job.plan(self._memory).check(self.device)
+        return self._mode or fastest
+
+    def arguments(self, job: Job, *, measures: bool = False) -> Arguments:
+        """All that the result of a run depends on, and whether ratios are measured meanwhile."""
+        run = {"device": self.device.type, "meter": measures}
+        return {**job.arguments(), **run, **self._fingerprint()}
+
+    @torch.no_grad()
+    def _latents(
+        self,
+        job: Job,
+        state: str | Path | None,
+        callback: Callback | None,
+        meter: RatioMeter | None,
+        *,
+        progress: bool,
+    ) -> Tensor:
         if meter is not None and job.schedule is not None:
             raise ValueError("meter measures calls that magcache would leave out: give one of them")
-        found, arguments = None, {}
+        self.mode(job)
+        path, found, arguments = None if state is None else Path(state), None, {}
         if path is not None:
-            arguments = job.arguments() | {"device": self.device.type, "meter": meter is not None}
-            arguments |= self._fingerprint()
+            check_writable(path)
+            arguments = self.arguments(job, measures=meter is not None)
             found = load_state(path, arguments)
         tensors, done = found or (self._inputs(job), 0)
         inputs = {name: x for name, x in tensors.items() if not name.startswith(_CACHE)}
@@ -277,7 +304,7 @@ class Pipeline:
         dense = NablaAttention(1.0)  # goes through nabla, which is where calibrate looks on
         jobs = [replace(request.resolve(self.preset), attention=dense) for request in requests]
         inputs = [self._inputs(job) for job in jobs]
-        with self._model.at_work() as model:
+        with self._model.at_work(self.mode(jobs[0])) as model:
 
             def run() -> None:
                 for job, of_job in zip(jobs, inputs, strict=True):
@@ -295,7 +322,7 @@ class Pipeline:
         """All that the sampler starts from: noise, features of the text, latents of the image."""
         content = CONTENT[job.preset.task]
         source = job.image if content == "image-edit" else None
-        with self._text_encoder.at_work() as encoder:
+        with self._text_encoder.at_work(self.mode(job)) as encoder:
             text, pooled = encoder(self.trigger + job.prompt, content, source)
             inputs = {"text": text, "pooled": pooled}
             if job.is_guided:
@@ -305,7 +332,7 @@ class Pipeline:
         shape = 1, *job.latent_shape, job.preset.model.in_visual_dim
         inputs["latents"] = torch.randn(shape, generator=generator)
         if job.image is not None:
-            with self._vae.at_work() as vae:
+            with self._vae.at_work(self.mode(job)) as vae:
                 latents = vae.encode(job.image[None], generator=generator).float()
             inputs["source" if content == "image-edit" else "first_frame"] = latents
         return inputs
@@ -322,7 +349,7 @@ class Pipeline:
     ) -> Tensor:
         if done == job.num_steps:
             return inputs["latents"].to(self.device)
-        with self._model.at_work() as model:
+        with self._model.at_work(self.mode(job)) as model:
             return euler(
                 self._velocity(model, job, inputs, cached),
                 inputs["latents"].to(self.device),
@@ -359,18 +386,15 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device {str(name)!r} is not known: {error}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(name)!r} is neither cpu nor cuda")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
         raise ValueError(
-            f"device {str(name)!r} is not there: torch sees {torch.cuda.device_count()} CUDA "
-            "devices; see nabla info"
+            f"device {str(name)!r} is not there: torch sees {count} of type {device.type}; see "
+            "nabla info"
         )
-    return device
-
-
-def _trigger(lora: str | Path) -> str:
-    """The words that the authors of an adapter want before every prompt."""
-    with safe_open(read_header(lora).path, framework="pt") as file:
-        return (file.metadata() or {}).get("trigger", "")
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def normalize_first_frames(latents: Tensor) -> Tensor:

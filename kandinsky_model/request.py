@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,9 +25,12 @@ from kandinsky_model.attention import (
 )
 from kandinsky_model.clip import fit, read_image, rgb, stretch
 from kandinsky_model.magcache import Schedule, skip_schedule
+from kandinsky_model.memory import MemoryPlan, memory_plan
+from kandinsky_model.number import is_number, is_whole
 from kandinsky_model.presets import FPS, FRAMES_PER_LATENT, PIXELS_PER_LATENT, Preset, Size
 from kandinsky_model.text import CONTENT, NEGATIVE_PROMPTS
 
+MAX_STEPS = 10_000  # far more than help
 TOP_P = 0.9  # of `attention="nabla"` where the preset is dense
 
 
@@ -37,7 +41,8 @@ class Request:
     Attributes:
         prompt: What to show.
         image: The first frame of image to video, the source of image to image: a file, an image of
-            PIL, or uint8 [H, W, 3]. It is scaled to cover the size, and its centre is cut out.
+            PIL, or uint8 [H, W, 3] of torch or NumPy. It is scaled to cover the size, and its
+            centre is cut out.
         size: (height, width) in pixels, multiples of 16. None with an image takes what is nearest
             to its shape: of a first frame, all of it is scaled to that, as upstream does.
         seconds: Length of the video.
@@ -54,7 +59,7 @@ class Request:
     """
 
     prompt: str
-    image: str | Path | Image.Image | Tensor | None = None
+    image: str | Path | Image.Image | Tensor | np.ndarray | None = None
     size: Size | None = None
     seconds: float | None = None
     num_steps: int | None = None
@@ -76,18 +81,22 @@ class Request:
         num_steps = preset.num_steps if self.num_steps is None else self.num_steps
         guidance = preset.guidance_scale if self.guidance_scale is None else self.guidance_scale
         shift = preset.shift if self.shift is None else self.shift
-        if num_steps < 1 or num_steps != int(num_steps):
-            raise ValueError(f"num_steps {num_steps} must be a whole number from 1")
-        if not math.isfinite(guidance) or guidance < 0:
-            raise ValueError(f"guidance_scale {guidance} must be a number from 0; 1 is no guidance")
-        if not (math.isfinite(shift) and shift > 0):
-            raise ValueError(f"shift {shift} must be a positive number")
+        if not (is_whole(num_steps) and 1 <= num_steps <= MAX_STEPS):
+            raise ValueError(
+                f"num_steps {num_steps!r} must be a whole number from 1 to {MAX_STEPS}"
+            )
+        if not (is_number(guidance) and guidance >= 0):
+            raise ValueError(
+                f"guidance_scale {guidance!r} must be a number from 0; 1 is no guidance"
+            )
+        if not (is_number(shift) and shift > 0):
+            raise ValueError(f"shift {shift!r} must be a positive number")
         if guidance == 1.0 and self.negative_prompt is not None:
             raise ValueError(
                 "negative_prompt is not read at guidance_scale 1: leave one of them out"
             )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed} must be from 0 to 2^63 - 1")
+        if not (is_whole(self.seed) and 0 <= self.seed < 2**63):
+            raise ValueError(f"seed {self.seed!r} must be a whole number from 0 to 2^63 - 1")
         if image is not None:
             keeps_all = preset.is_video and self.size is None
             image = (stretch if keeps_all else fit)(image[None], height, width)[0]
@@ -106,20 +115,23 @@ class Request:
             num_steps=int(num_steps),
             guidance_scale=float(guidance),
             shift=float(shift),
-            seed=self.seed,
+            seed=int(self.seed),
             attention=self._attention(preset),
-            schedule=self._schedule(num_steps, guidance),
+            schedule=self._schedule(int(num_steps), guidance),
         )
 
-    def size_of(self, preset: Preset) -> Size:
-        """(height, width) in pixels; a preset that needs an image has a size without it too."""
+    def plan(self, preset: Preset, device_memory: int | None = None) -> MemoryPlan:
+        """What memory it takes; a preset that needs an image has a plan without it too."""
         self._latent_frames(preset)
-        return self._size(preset, self._image(preset))
+        size, residuals = self._size(preset, self._image(preset)), 0 if self.magcache is None else 2
+        return memory_plan(preset, size, self.seconds, device_memory, residuals=residuals)
 
     def _check_prompt(self) -> None:
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
-            if text is not None and not isinstance(text, str):
+            if not isinstance(text, str) and (text is not None or name == "prompt"):
                 raise ValueError(f"{name} {text!r} must be one text: one request, one result")
+            if re.search(r"[\ud800-\udfff]", text or ""):
+                raise ValueError(f"{name} {text!r} holds what is no Unicode: write it as UTF-8")
             if command := re.search(r"<\|\w+\|>", text or ""):
                 raise ValueError(
                     f"{name} holds {command[0]}, which Qwen2.5-VL does not read as words"
@@ -132,15 +144,21 @@ class Request:
             return None
         if not preset.takes_image:
             raise ValueError(f"preset {preset.name} is {preset.task}: it takes no image")
-        if isinstance(self.image, Tensor):
-            if self.image.dtype != torch.uint8 or self.image.shape[2:] != (3,):
-                raise ValueError(
-                    f"image {self.image.dtype} {list(self.image.shape)} must be uint8 [H, W, 3]"
-                )
-            return self.image
-        if isinstance(self.image, Image.Image):
-            return rgb(self.image)
-        return read_image(self.image)
+        image = self.image
+        if isinstance(image, str | Path):
+            image = read_image(image)
+        elif isinstance(image, Image.Image):
+            image = rgb(image)
+        elif not isinstance(image, Tensor | np.ndarray):
+            raise ValueError(
+                f"image {image!r} is none: give a file, an image of PIL, or uint8 [H, W, 3]"
+            )
+        dtype, shape = str(image.dtype).removeprefix("torch."), tuple(image.shape)
+        if dtype != "uint8" or shape[2:] != (3,) or 0 in shape:
+            raise ValueError(
+                f"image {dtype} {list(shape)} must be uint8 [H, W, 3] with pixels in it"
+            )
+        return image.cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
 
     def _size(self, preset: Preset, image: Tensor | None) -> Size:
         multiples = preset.size_multiple
@@ -151,6 +169,10 @@ class Request:
                 return _same_shape(image, max(h * w for h, w in preset.sizes), multiples)
             shape = image.shape[0] / image.shape[1]
             return min(preset.sizes, key=lambda size: abs(size[0] / size[1] - shape))
+        if not (isinstance(self.size, Sequence) and len(self.size) == 2) or not all(
+            map(is_whole, self.size)
+        ):
+            raise ValueError(f"size {self.size!r} must be (height, width) in whole pixels")
         nearest = _round(self.size, multiples)
         if nearest != tuple(self.size):
             raise ValueError(
@@ -167,10 +189,12 @@ class Request:
         if self.seconds is None:
             return preset.latent_frames
         shortest = FRAMES_PER_LATENT / FPS
-        if not (math.isfinite(FPS * self.seconds) and self.seconds >= shortest):
+        if not (
+            is_number(self.seconds) and shortest <= self.seconds and FPS * self.seconds < math.inf
+        ):
             raise ValueError(
-                f"seconds {self.seconds} make no video: give at least {shortest:.2f}, such as the "
-                f"preset's {preset.seconds}"
+                f"seconds {self.seconds!r} make no video: give at least {shortest:.2f}, such as "
+                f"the preset's {preset.seconds}"
             )
         return int(FPS * self.seconds) // FRAMES_PER_LATENT + 1
 
@@ -186,10 +210,12 @@ class Request:
         if isinstance(kind, CalibratedAttention):
             kind.check(model.num_visual_blocks, model.model_dim // model.head_dim)
         if not isinstance(kind, str):
+            if not (isinstance(kind, CalibratedAttention) or callable(kind)):
+                raise ValueError(f"attention {kind!r} is neither 'nabla' nor 'dense' nor callable")
             return kind
         top_p = self.top_p if self.top_p is not None else (model.top_p or TOP_P)
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p {top_p} must be in (0, 1]: the attention mass to keep")
+        if not (is_number(top_p) and 0 < top_p <= 1):
+            raise ValueError(f"top_p {top_p!r} must be in (0, 1]: the attention mass to keep")
         return NablaAttention(top_p, preset.window)
 
     def _schedule(self, num_steps: int, guidance_scale: float) -> Schedule | None:
@@ -230,6 +256,12 @@ class Job:
     def is_guided(self) -> bool:
         """Whether the model is called twice a step."""
         return self.guidance_scale != 1.0
+
+    def plan(self, device_memory: int | None = None) -> MemoryPlan:
+        """What memory it takes."""
+        residuals = 0 if self.schedule is None else len(self.schedule[0])
+        seconds = self.frames / FPS
+        return memory_plan(self.preset, self.size, seconds, device_memory, residuals=residuals)
 
     def arguments(self) -> dict[str, Any]:
         """Everything as JSON values, the image by its hash."""

@@ -137,8 +137,7 @@ class TextEncoder(nn.Module):
         image_processor: Any = None,
         variant: Variant = "original",
     ) -> None:
-        if variant not in TEMPLATES:
-            raise ValueError(f"variant {variant!r} is none of {', '.join(TEMPLATES)}")
+        _check_variant(variant)
         super().__init__()
         self.qwen, self.clip = qwen.model.eval(), clip.eval()  # the head that predicts words: no
         self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
@@ -186,12 +185,14 @@ class TextEncoder(nn.Module):
         config: CrossDiTConfig,
         *,
         images: bool = False,
+        variant: Variant = "original",
     ) -> None:
         """Raise the error that `load` would raise, or the model of `config` on its features.
 
         Reads the tokenizers, and of the weights nothing but headers. The arguments are those of
         `load`.
         """
+        _check_variant(variant)
         library = require("transformers")
         parts = (
             (library.Qwen2_5_VLForConditionalGeneration, qwen, (), tokenizer, config.in_text_dim),
@@ -285,3 +286,8 @@ class TextEncoder(nn.Module):
         )  # fmt: skip
         inputs = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
         return self.clip(**inputs).pooler_output
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in TEMPLATES:
+        raise ValueError(f"variant {variant!r} is none of {', '.join(TEMPLATES)}")

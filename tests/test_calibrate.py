@@ -76,8 +76,10 @@ def test_a_preset_is_calibrated_and_generates(nabla, weights, tmp_path):
     expected = Pipeline.load(weights, ROW).latents(request, progress=False)
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        latents = Pipeline.latents
-        patch.setattr(Pipeline, "latents", lambda *a, **k: kept.append(latents(*a, **k)) or kept[0])
+        latents = Pipeline._latents
+        patch.setattr(
+            Pipeline, "_latents", lambda *a, **k: kept.append(latents(*a, **k)) or kept[0]
+        )
         status, printed = nabla("generate", "a cat", *options, "--steps", 2, "--out", "cat.mp4",
                                 "--calibration", "out/calibration.json")  # fmt: skip
     assert status == 0, printed

@@ -1,5 +1,6 @@
 """Folders of weights: what is found where, and of which preset it is."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kandinsky_model import folder as module
 from kandinsky_model import presets
-from kandinsky_model.folder import PIPELINES, find_parts, sha256
+from kandinsky_model.folder import PIPELINES, digest, find_parts
 
 LITE_5S = "Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers"
 SPARSE = {"top_p": 0.9, "window": (11, 3, 3)}
@@ -113,9 +114,42 @@ def test_digests(tmp_path, monkeypatch):
         if index is not None:
             changed["x"][index] = 1.0
         save_file(changed, file)
-        ((name, digest),) = sha256(file).items()
-        found.add(digest)
-        assert name == file.name and sha256(tmp_path) == sha256(file)
+        found.add(digest(file))
     assert len(found) == 4
+    last = digest(file)
     save_file(load_file(file), file)
-    assert sha256(file)[file.name] == digest, "when it was written is all the same"
+    assert digest(file) == last, "when it was written is all the same"
+
+
+def test_digests_of_text_encoders_are_of_samples(tmp_path, monkeypatch):
+    """Of each tensor the beginning of every chunk, and what the header says of all of it."""
+    monkeypatch.setattr(module, "_CHUNK", 400)  # 100 numbers
+    monkeypatch.setattr(module, "_SAMPLE", 40)
+    file, found = tmp_path / "a.safetensors", {}
+
+    def changed(name, index):
+        tensors = {"x": torch.zeros(250), "y": torch.zeros(3)}
+        if index is not None:
+            tensors[name][index] = 1.0
+        save_file(tensors, file)
+        return module._digest_of_samples(file)
+
+    plain = changed("x", None)
+    for name, index in [("x", 0), ("x", 9), ("x", 100), ("x", 209), ("y", 0), ("y", 2)]:
+        found[name, index] = changed(name, index)
+    assert plain not in found.values() and len(set(found.values())) == len(found)
+    assert changed("x", 10) == changed("x", 249) == plain, "what is not looked at"
+    save_file({"x": torch.zeros(25, 10), "y": torch.zeros(3)}, file)
+    assert module._digest_of_samples(file) != plain
+
+
+def test_a_fingerprint_is_of_every_file_that_is_read(folders):
+    for layout, root in folders.items():
+        found = module.fingerprint(find_parts(root, tiny.preset()))
+        files = {
+            f"{file.parent.name}/{file.name}"
+            for file in root.glob("*/*")
+            if file.parent.name != "transformer" or file.suffix == ".safetensors"
+        }
+        model = "transformer/" if layout == "diffusers" else "model/"
+        assert {re.sub("^model/", model, name) for name in found} == files

@@ -1,5 +1,6 @@
 """`nabla generate` as a user meets it: files, interruptions, and what it refuses at once."""
 
+import json
 import os
 import re
 import shutil
@@ -35,6 +36,8 @@ ROWS = {
     "text-to-image": tiny.preset("text-to-image", sizes=((48, 64),)),
     "image-to-image": tiny.preset("image-to-image", sizes=((48, 64), (64, 48))),
 }
+LORA = "lora.safetensors"
+SCALING = '"scaling_factor": 0.476987'
 # A process of its own that ends itself by a signal as soon as it has kept so many steps.
 SCRIPT = """
 import os, signal, sys
@@ -94,6 +97,18 @@ def decoded(path):
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
         return frames, stream.average_rate, stream.codec_context.name
+
+
+def write_lora(folder: Path, config: object = None, **more: torch.Tensor) -> str:
+    """An adapter of one layer, and its description."""
+    layer, dim = "visual_transformer_blocks.0.feed_forward.in_layer", tiny.CONFIG.model_dim
+    halves = {"A": torch.ones(2, dim), "B": torch.ones(tiny.CONFIG.ff_dim, 2)}
+    tensors = {f"{layer}.lora_{half}.weight": value for half, value in halves.items()}
+    folder.mkdir(exist_ok=True)
+    save_file(tensors | {f"{layer}.{key}": x for key, x in more.items()}, folder / LORA)
+    if config is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -301,30 +316,73 @@ def test_an_interruption_in_any_phase(nabla, tmp_path, monkeypatch, place, name,
     assert Path("cat.mp4").read_bytes() == Path("whole.mp4").read_bytes()
 
 
-@pytest.mark.parametrize("file", ["model", "vae", "lora.safetensors"])
-def test_weights_that_changed_are_noticed(nabla, weights, tmp_path, monkeypatch, file):
-    """By what they hold: name, size and time of the file are as they were."""
+def one_number_more(file: Path) -> None:
+    """Another number, but name, size and time as they were."""
+    before, tensors = file.stat(), load_file(file)
+    tensors[min(tensors)].flatten()[0] += 1.0
+    with safe_open(file, framework="pt") as opened:
+        save_file(tensors, file, metadata=opened.metadata())
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+
+
+def other_words(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+CHANGES = {
+    "model/kandinsky5tiny_text-to-video.safetensors": one_number_more,
+    "vae/diffusion_pytorch_model.safetensors": one_number_more,
+    "vae/config.json": partial(other_words, old='"scaling_factor": 0.476986', new=SCALING),
+    "text_encoder/model.safetensors": one_number_more,
+    "text_encoder/config.json": partial(other_words, old="10000.0", new="20000.0"),
+    "text_encoder/tokenizer.json": partial(other_words, old="<|im_end|>", new="<|im_over|>"),
+    "text_encoder2/model.safetensors": one_number_more,
+    "text_encoder2/tokenizer_config.json": partial(other_words, old="{", new='{"x": 1,'),
+    "lora/lora.safetensors": one_number_more,
+    "lora/adapter_config.json": partial(other_words, old='"lora_alpha": 2', new='"lora_alpha": 1'),
+}
+
+
+def test_weights_that_changed_are_noticed(nabla, weights, tmp_path, monkeypatch):
+    """All files that are read count by what they hold; put back, the run goes on."""
     folder = shutil.copytree(weights["text-to-video"], tmp_path / "weights")
-    layer = "visual_transformer_blocks.0.feed_forward.in_layer"
-    lora = {"A": torch.ones(2, tiny.CONFIG.model_dim), "B": torch.ones(tiny.CONFIG.ff_dim, 2)}
-    save_file({f"{layer}.lora_{x}.weight": value for x, value in lora.items()}, "lora.safetensors")
-    options = ["--out", "cat.mp4", "--steps", "2", "--seconds", "0.2", "--lora", "lora.safetensors"]
+    write_lora(folder / "lora", config={"lora_alpha": 2})
+    options = ["--out", "cat.mp4", "--steps", "2", "--seconds", "0.2"]
+    options += ["--lora", str(folder / "lora")]
     with monkeypatch.context() as patch:
         patch.setattr(generate, "write_frames", interrupt)
         assert nabla(*options, folder=folder)[0] == generate.INTERRUPTED
-    (path,) = [Path(file)] if Path(file).is_file() else (folder / file).glob("*.safetensors")
-    before, tensors = path.stat(), load_file(path)
-    name = min(tensors)
-    tensors[name].flatten()[0] += 1.0
-    with safe_open(path, framework="pt") as opened:
-        save_file(tensors, path, metadata=opened.metadata())
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert path.stat().st_size == before.st_size
+    for name, change in CHANGES.items():
+        content = (folder / name).read_bytes()
+        change(folder / name)
+        status, printed = nabla(*options, folder=folder)
+        found = re.findall(r"(?<=[(;])\s*([^ ;]+) '\w{16}', now '\w{16}'", printed)
+        assert status == 1 and found == [name], printed
+        assert not Path("cat.mp4").exists()
+        (folder / name).write_bytes(content)
     status, printed = nabla(*options, folder=folder)
-    assert status == 1 and match(rf"other arguments \(\w+/{path.name} ", printed), printed
-    assert not Path("cat.mp4").exists()
-    Path("cat.mp4.state.safetensors").unlink()
-    assert nabla(*options, folder=folder)[0] == 0
+    assert status == 0 and "goes on with" in printed
+
+
+def test_another_prompt_of_the_same_first_words_gets_another_name(nabla, monkeypatch):
+    """And each, when it is asked for again, goes on with what is its own."""
+    options, words = ["--steps", "1", "--seconds", "0.2"], "one two three four five six"
+    prompts = [f"{words} seven", f"{words} eight"]
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "write_frames", interrupt)
+        for prompt in prompts:
+            assert nabla(*options, prompt=prompt)[0] == generate.INTERRUPTED
+    name = "one-two-three-four-five-six-0"
+    names = [f"{name}.mp4", f"{name}-2.mp4"]
+    assert sorted(os.listdir("out")) == sorted(f"{name}.state.safetensors" for name in names)
+    for prompt, file in zip(prompts[::-1], names[::-1], strict=True):
+        status, printed = nabla(*options, prompt=prompt)
+        assert status == 0 and f"goes on with out/{file}.state" in printed, printed
+        assert f"wrote out/{file}" in printed
+    assert sorted(os.listdir("out")) == sorted(names)
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -365,7 +423,21 @@ def test_weights_that_changed_are_noticed(nabla, weights, tmp_path, monkeypatch,
         ("text-to-video", ["--measure-magcache", "/proc/no/a"], "/proc/no/a cannot be written"),
         ("text-to-video", ["--measure-magcache", "x", "--steps", "1"], "takes two steps or more"),
         ("text-to-video", ["--lora", "absent.safetensors"], "absent.safetensors does not exist"),
+        ("text-to-video", ["--lora-scale", "nan"], "lora_scale nan is the strength of a lora"),
+        ("text-to-video", ["--lora-scale", "0.5"], "lora_scale 0.5 is the strength of a lora"),
         ("text-to-video", ["--device", "cuda:99"], "device 'cuda:99' is not there"),
+        ("text-to-video", ["--device", "cuda:99", "--plan"], "device 'cuda:99' is not there"),
+        ("text-to-video", ["--device", "cpu:1"], "device 'cpu:1' is not there"),
+        ("text-to-video", ["--device", "meta"], "device 'meta' is neither cpu nor cuda"),
+        ("text-to-video", ["--steps", "999999999999"], "num_steps 999999999999 must be"),
+        ("text-to-video", ["--out", "c.mp4", "--measure-magcache", "./c.mp4"], "name another"),
+        (
+            "text-to-video",
+            ["--out", "c.mp4", "--measure-magcache", "c.mp4.state.safetensors"],
+            "name another",
+        ),
+        # Its own name is short enough, that of the file beside it is not.
+        ("text-to-video", ["--out", f"{'x' * 238}.mp4"], "safetensors cannot be written: .*long"),
     ],
 )  # fmt: skip
 def test_refuses_before_any_work(nabla, monkeypatch, task, arguments, words):
@@ -380,6 +452,31 @@ def test_refuses_before_any_work(nabla, monkeypatch, task, arguments, words):
 
 def match(words, printed):
     return re.search(words, printed, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale", "words"),
+    [
+        (None, "nan", "scale nan must be a finite number"),
+        (None, "inf", "scale inf must be a finite number"),
+        (None, "1e308", r"at scale 1e.308 changes visual_.*in_layer by up to inf"),
+        ({"lora_alpha": "8"}, "1", "adapter_config.json: lora_alpha '8' must be a finite number"),
+        ({"lora_alpha": True}, "1", "lora_alpha True must be"),
+        ({"lora_alpha": float("nan")}, "1", "lora_alpha nan must be"),
+        ({"lora_alpha": [8]}, "1", r"lora_alpha \[8\] must be"),
+        ({"alpha_pattern": ["in_layer"]}, "1", "alpha_pattern .'in_layer'. must be an object"),
+        ({"alpha_pattern": {"in_layer": None}}, "1", "alpha_pattern 'in_layer' None must be"),
+        ({"alpha_pattern": {"in_(layer": 1}}, "1", "alpha_pattern 'in_.layer' is no regular expr"),
+        ({"use_rslora": "yes"}, "1", "use_rslora 'yes' must be true or false"),
+        ({"use_dora": 1}, "1", "use_dora 1 must be true or false"),
+        ("text", "1", "no readable description of a LoRA: it is no object"),
+    ],
+)
+def test_refuses_a_bad_adapter_before_any_work(nabla, tmp_path, config, scale, words):
+    options = ["--lora", write_lora(tmp_path / "lora", config), "--lora-scale", scale]
+    status, printed = nabla("--out", "cat.mp4", "--steps", "1", *options)
+    assert status == 1 and "Traceback" not in printed and match(words, printed), printed
+    assert os.listdir() == ["lora"], "no state either"
 
 
 @pytest.mark.parametrize(
@@ -530,7 +627,7 @@ def test_a_plan_needs_no_image(nabla, name):
 
 
 def test_a_grid_too_large_for_memory_says_how_much_it_takes(nabla, monkeypatch):
-    monkeypatch.setattr(generate, "host_memory", lambda: 10**8)
+    monkeypatch.setattr("kandinsky_model.memory.host_memory", lambda: 10**8)
     status, printed = nabla("--out", "cat.mp4")
     assert status == 1 and match(r"48x64 with 25 frames needs .* GB.* has 0.10 GB", printed)
     monkeypatch.setattr(generate, "device_memory", lambda device: 2 * 10**9)  # as if it were CUDA

@@ -1,6 +1,6 @@
 """Whole pipelines against those of diffusers on the same components, and resuming."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -19,12 +19,13 @@ from diffusers.models.transformers import transformer_kandinsky as reference
 from PIL import Image
 from test_model import diffusers_model
 
-from kandinsky_model import NablaAttention
+from kandinsky_model import NablaAttention, presets
 from kandinsky_model.magcache import RatioMeter
+from kandinsky_model.memory import memory_plan
 from kandinsky_model.pipeline import Part, Pipeline, normalize_first_frames
 from kandinsky_model.request import Request
 from kandinsky_model.sampler import timesteps
-from kandinsky_model.text import IMAGE_TOKEN
+from kandinsky_model.text import IMAGE_TOKEN, TextEncoder
 
 PIPELINES = {
     "text-to-video": Kandinsky5T2VPipeline,
@@ -108,8 +109,9 @@ def rope_in_fp32(monkeypatch):
 
 def ours(row, encoder, **options) -> Pipeline:
     return Pipeline(
-        row, lambda: encoder, lambda: tiny.cross_dit(row.model), lambda: tiny.vae(row), **options
-    )
+        row, lambda _: encoder, lambda _: tiny.cross_dit(row.model), lambda _: tiny.vae(row),
+        **options,
+    )  # fmt: skip
 
 
 def theirs(row, encoder):
@@ -268,7 +270,7 @@ class Counting:
     def __init__(self, load):
         self.load, self.count = load, 0
 
-    def __call__(self):
+    def __call__(self, device):
         self.count += 1
         return self.load()
 
@@ -291,8 +293,8 @@ def test_an_interrupted_run_goes_on_with_the_same_result(encoder, tmp_path, task
     with pytest.raises(KeyboardInterrupt):
         ours(row, encoder).latents(request, state=state, callback=interrupt, progress=False)
     assert [file.name for file in tmp_path.iterdir()] == [state.name], "no half-written file"
-    pipeline = Pipeline(row, text := Counting(lambda: encoder), lambda: tiny.cross_dit(row.model),
-                        lambda: tiny.vae(row))  # fmt: skip
+    pipeline = Pipeline(row, text := Counting(lambda: encoder), lambda _: tiny.cross_dit(row.model),
+                        lambda _: tiny.vae(row))  # fmt: skip
     actual = pipeline.latents(
         request, state=state, callback=lambda step, _: steps.append(step), progress=False
     )
@@ -334,7 +336,7 @@ def test_ratios_are_those_of_the_run(encoder, tmp_path, guidance_scale):
     blocks = model.visual_transformer_blocks
     blocks[0].register_forward_pre_hook(lambda module, args: ends[0].append(args[0]))
     blocks[-1].register_forward_hook(lambda module, args, out: ends[1].append(out))
-    pipeline = Pipeline(row, lambda: encoder, lambda: model, lambda: tiny.vae(row))
+    pipeline = Pipeline(row, lambda _: encoder, lambda _: model, lambda _: tiny.vae(row))
     meter = RatioMeter()
     measured = pipeline.latents(request, meter=meter, progress=False)
     plain = ours(row, encoder).latents(request, progress=False)
@@ -394,19 +396,19 @@ def test_offload_and_low_precision(encoder):
     request = Request(PROMPT, seconds=0.2, num_steps=2)
     expected = ours(row, encoder).latents(request, progress=False)
     load = Counting(lambda: tiny.cross_dit(row.model))
-    pipeline = Pipeline(row, lambda: encoder, load, lambda: tiny.vae(row), mode="offload")
+    pipeline = Pipeline(row, lambda _: encoder, load, lambda _: tiny.vae(row), mode="offload")
     for _ in range(2):
         assert torch.equal(pipeline.latents(request, progress=False), expected)
     assert load.count == 2, "on a CPU, a part is in memory only while it works"
     low = tiny.cross_dit(row.model).cast(torch.bfloat16)
-    pipeline = Pipeline(row, lambda: encoder, lambda: low, lambda: tiny.vae(row))
+    pipeline = Pipeline(row, lambda _: encoder, lambda _: low, lambda _: tiny.vae(row))
     actual = pipeline.latents(request, progress=False)
     assert actual.dtype == torch.float32 and 0 < relative_error(actual, expected) < 0.1
 
 
 @pytest.mark.parametrize("mode", ["resident", "offload", "stream"])
 def test_how_parts_get_to_a_device(encoder, monkeypatch, mode):
-    row, moved, streams = tiny.preset(), [], []
+    row, streams = tiny.preset(), []
 
     @contextmanager
     def streamed(module, device, blocks):
@@ -414,27 +416,147 @@ def test_how_parts_get_to_a_device(encoder, monkeypatch, mode):
         yield module
 
     monkeypatch.setattr("kandinsky_model.pipeline.streamed", streamed)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append(self) or self)
-    model, autoencoder = tiny.cross_dit(row.model), tiny.vae(row)
-    cuda = torch.device("cuda")
-    for module in (encoder, model, autoencoder):
-        part = Part(lambda module=module: module, cuda, mode)
+    modules = encoder, tiny.cross_dit(row.model), tiny.vae(row)
+    cuda, loaded = torch.device("cuda"), []
+    for module in modules:
+        part = Part(lambda device, module=module: loaded.append(device) or module, cuda)
         for _ in range(2):
-            with part.at_work() as there:
+            with part.at_work(mode) as there:
                 assert there is module
-    if mode == "resident":
-        assert moved == [encoder, encoder, model, model, autoencoder, autoencoder] and not streams
-        return
-    assert not moved and {device for _, device, _ in streams} == {cuda}
-    modules, blocks = [module for module, _, _ in streams], [blocks for _, _, blocks in streams]
-    assert modules == [encoder, encoder, model, model, autoencoder, autoencoder]
+    assert loaded == [cuda if mode == "resident" else torch.device("cpu")] * 3
     of_model = None if mode == "stream" else ()  # None: block by block
-    assert blocks == [encoder.blocks] * 2 + [of_model] * 2 + [()] * 2
+    wanted = zip(modules, [encoder.blocks, of_model, ()], strict=True)
+    wanted = [(module, cuda, blocks) for module, blocks in wanted for _ in range(2)]
+    assert streams == ([] if mode == "resident" else wanted)
+
+
+def test_a_part_changes_how_it_gets_to_a_device(monkeypatch):
+    """What lies on the device is of no use to a request that needs the room."""
+    homes, model = [], tiny.cross_dit(tiny.CONFIG)
+    monkeypatch.setattr("kandinsky_model.pipeline.streamed", lambda *_: nullcontext(model))
+    part = Part(lambda device: homes.append(device.type) or model, torch.device("cuda"))
+    for mode in ("resident", "resident", "offload", "stream", "resident"):
+        with part.at_work(mode) as there:
+            assert there is model
+    assert homes == ["cuda", "cpu", "cuda"]
+
+
+def test_the_memory_decides_for_every_request_how_parts_get_there(encoder, monkeypatch):
+    row = presets.PRESETS["video-lite-10s"]
+    peaks = memory_plan(row).peaks
+    monkeypatch.setattr("kandinsky_model.pipeline.device_memory", lambda device: peaks["resident"])
+    pipeline = Pipeline(row, None, None, None, device="cuda")
+    assert pipeline.mode(pipeline.resolve("a cat")) == "resident"
+    larger = pipeline.resolve(Request("a cat", size=(768, 1280)))
+    assert pipeline.mode(larger) == "offload"
+    cached = pipeline.resolve(Request("a cat", magcache=[1.0, 1.0]))
+    assert pipeline.mode(cached) == "offload", "residuals take memory too"
+    fixed = Pipeline(row, None, None, None, device="cuda", mode="stream")
+    assert fixed.mode(fixed.resolve("a cat")) == "stream"
+    too_large = Request("a cat", size=(4096, 4096))
+    for pipe in (pipeline, fixed):
+        with pytest.raises(ValueError, match="4096x4096 with 241 frames needs .* GB .* even when"):
+            pipe(too_large)  # and nothing has been loaded
+    monkeypatch.setattr("kandinsky_model.memory.host_memory", lambda: 10**6)
+    with pytest.raises(ValueError, match="and this machine has 0.00 GB"):
+        ours(tiny.preset(), None)("a cat")
+
+
+def test_a_state_of_no_step_gives_way(encoder, tmp_path):
+    """As when the model cannot be loaded: nothing but the features of a prompt is lost."""
+    row, state = tiny.preset(sizes=((32, 32),)), tmp_path / "state.safetensors"
+    request = Request(PROMPT, seconds=0.2, num_steps=2)
+    broken = Pipeline(row, lambda _: encoder, lambda _: [][0], lambda _: tiny.vae(row))
+    with pytest.raises(IndexError):
+        broken.latents(request, state=state)
+    assert state.exists()
+    other = replace(request, seed=1)
+    actual = ours(row, encoder).latents(other, state=state, progress=False)
+    assert torch.equal(actual, ours(row, encoder).latents(other, progress=False))
+
+
+def test_a_mode_or_templates_that_are_none():
+    with pytest.raises(ValueError, match="mode 'fast' is none of resident, offload, stream"):
+        ours(tiny.preset(), None, mode="fast")
+    with pytest.raises(ValueError, match="variant 'ours' is none of original, diffusers"):
+        TextEncoder.check(None, None, None, None, tiny.CONFIG, variant="ours")
+
+
+@pytest.mark.parametrize("place", ["folder", "file/state"])
+def test_a_state_that_cannot_be_written_is_noticed_before_any_work(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"{place} (is a folder|cannot be written)"):
+        ours(tiny.preset(), None).latents("a cat", state=tmp_path / place)
+
+
+IMAGES_THAT_ARE_NONE = {
+    "floats": torch.zeros(8, 8, 3), "channels first": torch.zeros(3, 8, 8).byte(),
+    "gray": torch.zeros(8, 8).byte(), "no pixels": torch.zeros(0, 0, 3).byte(),
+    "no columns": torch.zeros(8, 0, 3).byte(), "a batch": torch.zeros(1, 8, 8, 3).byte(),
+    "floats of numpy": np.zeros((8, 8, 3)), "gray of numpy": np.zeros((8, 8), np.uint8),
+    "an empty one of Pillow": Image.new("RGB", (0, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("image", IMAGES_THAT_ARE_NONE.values(), ids=IMAGES_THAT_ARE_NONE)
+def test_images_that_are_none(image):
+    with pytest.raises(ValueError, match=r"image \w+ \[.*\] must be uint8 \[H, W, 3\] with pixels"):
+        Request("a", image=image).resolve(tiny.preset("image-to-video"))
+    with pytest.raises(ValueError, match="image 5 is none: give a file"):
+        Request("a", image=5).resolve(tiny.preset("image-to-video"))
+
+
+def test_images_of_every_kind(tmp_path):
+    row, image = tiny.preset("image-to-video"), random_image((40, 24))
+    image.save(tmp_path / "in.png")
+    pixels = np.array(image)
+    flipped = np.ascontiguousarray(pixels[::-1])[::-1]  # the same with a negative stride
+    kinds = [image, pixels, flipped, torch.tensor(pixels), tmp_path / "in.png"]
+    jobs = [Request("a", image=kind).resolve(row).image for kind in kinds]
+    assert all(torch.equal(job, jobs[0]) for job in jobs)
 
 
 @pytest.mark.parametrize(
-    "image", [torch.zeros(8, 8, 3), torch.zeros(3, 8, 8).byte(), torch.zeros(8, 8).byte()]
+    ("changes", "words"),
+    [
+        ({"size": (48, 64, 3)}, r"size \(48, 64, 3\) must be \(height, width\) in whole pixels"),
+        ({"size": 64}, "size 64 must be"),
+        ({"size": "48x64"}, "size '48x64' must be"),
+        ({"size": (48.5, 64)}, r"size \(48.5, 64\) must be"),
+        ({"size": (float("nan"), 64)}, r"size \(nan, 64\) must be"),
+        ({"size": (-16, 64)}, "size -16x64 must be of multiples"),
+        ({"num_steps": float("nan")}, "num_steps nan must be a whole number from 1"),
+        ({"num_steps": float("inf")}, "num_steps inf must be"),
+        ({"num_steps": 2.5}, "num_steps 2.5 must be"),
+        ({"num_steps": "4"}, "num_steps '4' must be"),
+        ({"num_steps": True}, "num_steps True must be"),
+        ({"num_steps": 10**12}, "num_steps 1000000000000 must be .* to 10000"),
+        ({"seed": 1.5}, "seed 1.5 must be a whole number"),
+        ({"seed": None}, "seed None must be"),
+        ({"seed": 2**63}, "seed 9223372036854775808 must be"),
+        ({"guidance_scale": "5"}, "guidance_scale '5' must be"),
+        ({"shift": float("inf")}, "shift inf must be"),
+        ({"seconds": "5"}, "seconds '5' make no video"),
+        ({"seconds": 10**400}, "seconds 10+ make no video"),
+        ({"top_p": "x", "attention": "nabla"}, "top_p 'x' must be"),
+        ({"attention": 3}, "attention 3 is neither"),
+        ({"attention": "flash"}, "attention 'flash' is neither"),
+        ({"magcache": 3}, "magcache ratios 3 must be"),
+        ({"magcache": []}, r"magcache ratios \[\] are 0: there must be two"),
+        ({"prompt": None}, "prompt None must be one text"),
+        ({"prompt": "a \udcff"}, "is no Unicode"),
+    ],
 )
-def test_images_that_are_none(image):
-    with pytest.raises(ValueError, match=r"must be uint8 \[H, W, 3\]"):
-        Request("a", image=image).resolve(tiny.preset("image-to-video"))
+def test_values_that_are_none(changes, words):
+    """Whatever the type, a sentence that names it."""
+    with pytest.raises(ValueError, match=words):
+        replace(Request("a cat"), **changes).resolve(tiny.preset())
+
+
+def test_whole_numbers_of_other_types():
+    job = Request("a", num_steps=np.int64(4), seed=2.0, size=[np.int32(48), 64.0]).resolve(
+        tiny.preset()
+    )
+    assert (job.num_steps, job.seed, job.size) == (4, 2, (48, 64))
+    assert all(type(value) is int for value in (job.num_steps, job.seed, *job.size))
