@@ -123,8 +123,9 @@ class _Attention:
         shared = {"union": masks.union(mask, SHARING)} if is_gpu else {}
         ours = self.case(OURS, _ours, mask, mask, **about, values=shared)
         cases = [ours]
-        if is_gpu and not self.with_grad:
-            cases.append(replace(ours, row=replace(ours.row, part="graph"), is_graph=True))
+        if is_gpu:
+            graph = replace(ours, row=replace(ours.row, part="graph"), is_graph=True)
+            cases.append(deterministic(ours) if self.with_grad else graph)
         for peer in with_role(peers, "sparse", self.shape.device):
             if self.with_grad and not peer.differentiable:
                 continue
@@ -205,6 +206,28 @@ class _Attention:
             return max(found, of_gradients, key=lambda accuracy: accuracy.error / accuracy.allowed)
 
         return Case(row, forward_and_backward if self.with_grad else attend, check)
+
+
+def deterministic(case: Case) -> Case:
+    """The same, asking torch for deterministic algorithms."""
+
+    def asking(run: Callable) -> Callable:
+        def ask():
+            before = torch.are_deterministic_algorithms_enabled()
+            only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+            fills = torch.utils.deterministic.fill_uninitialized_memory
+            torch.utils.deterministic.fill_uninitialized_memory = False  # would be timed, too
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            try:
+                return run()
+            finally:
+                torch.use_deterministic_algorithms(before, warn_only=only_warns)
+                torch.utils.deterministic.fill_uninitialized_memory = fills
+
+        return ask
+
+    row = replace(case.row, part="deterministic")
+    return replace(case, row=row, run=asking(case.run), check=case.check and asking(case.check))
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Callable[[], Tensor]:

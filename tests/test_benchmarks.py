@@ -29,7 +29,7 @@ from benchmarks import (
     timing,
     train,
 )
-from benchmarks.case import Contest, MaskSpec, Pace, Shape, Step
+from benchmarks.case import Case, Contest, MaskSpec, Pace, Shape, Step
 from benchmarks.machine import Limits
 from benchmarks.results import OURS, Row, Run
 from benchmarks.timing import Ratio, Seconds
@@ -251,6 +251,20 @@ def wrong_attention(kind):
         return out.detach() + (out - out.detach()) * 1.05  # right, but for its gradients
 
     return attention
+
+
+def test_a_deterministic_case_asks_torch_for_that():
+    def state():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    torch.use_deterministic_algorithms(False)
+    case = block_attention.deterministic(Case(Row("train", "w"), state, state))
+    assert case.row.part == "deterministic"
+    assert case.run() == case.check() == (True, False)
+    assert state() == (False, True)
 
 
 @pytest.mark.parametrize("kind", ["scaled", "nan", "a block too few", "gradients"])
