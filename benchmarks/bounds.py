@@ -115,7 +115,7 @@ PUBLISHED = (
 )
 
 
-def _forward(head_dim: int, warps: int, stages: int) -> Attention:
+def _forward_sm90(head_dim: int, warps: int, stages: int) -> Attention:
     return Attention(
         label=f"sm_90a forward D={head_dim}",
         pattern=f"attention_forward_kernel.*8BFloat16ELi{head_dim}E",
@@ -127,7 +127,7 @@ def _forward(head_dim: int, warps: int, stages: int) -> Attention:
     )
 
 
-def _backward(head_dim: int, stages: int) -> Iterator[Attention]:
+def _backward_sm90(head_dim: int, stages: int) -> Iterator[Attention]:
     """One pass for all, and the two of the deterministic mode."""
     passes = (("", 1, 5, 1), (" of dk, dv", 0, 4, 0), (" of dq", 2, 3, 0))
     for name, number, products, tiles_added in passes:
@@ -144,11 +144,27 @@ def _backward(head_dim: int, stages: int) -> Iterator[Attention]:
         )
 
 
+def _forward_sm80(head_dim: int, ctas: int) -> Attention:
+    return Attention(
+        label=f"sm_80 forward D={head_dim}",
+        pattern=f"attention_forward_kernel.*8BFloat16ELi{head_dim}E",
+        architecture="sm_80",
+        head_dim=head_dim,
+        warps=1,
+        sharing=2,
+        stages=2,
+        ctas=ctas,
+        spans_members=True,
+    )
+
+
 KERNELS = (
-    _forward(128, warps=3, stages=6),
-    _forward(64, warps=3, stages=12),
-    *_backward(128, stages=3),
-    *_backward(64, stages=8),
+    _forward_sm90(128, warps=3, stages=6),
+    _forward_sm90(64, warps=3, stages=12),
+    *_backward_sm90(128, stages=3),
+    *_backward_sm90(64, stages=8),
+    _forward_sm80(128, ctas=2),
+    _forward_sm80(64, ctas=2),
 )
 
 
@@ -160,6 +176,13 @@ def module_file() -> Path:
         why = reason.read_text().strip() if reason.exists() else "it was not installed"
         raise FileNotFoundError(f"there is no nabla._cuda: {why}")
     return Path(spec.origin)
+
+
+def compiled(attention: Attention) -> Kernel:
+    """Read one of `KERNELS`."""
+    kernels = read_kernels(module_file(), attention.pattern)
+    (kernel,) = (k for k in kernels if k.architecture == attention.architecture)
+    return kernel
 
 
 def reference_file() -> Path:
@@ -198,9 +221,9 @@ def published_lines() -> Iterator[str]:
 def our_lines() -> Iterator[str]:
     """A line for each of our kernels and each union."""
     for attention in KERNELS:
-        (kernel,) = read_kernels(module_file(), attention.pattern)
+        loop = compiled(attention).main_loop()
         for union in UNIONS:
-            yield str(bound(kernel.main_loop(), attention, union))
+            yield str(bound(loop, attention, union))
 
 
 if __name__ == "__main__":

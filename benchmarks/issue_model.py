@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 from benchmarks.sass import NO_BARRIER, Instruction, Loop
@@ -343,6 +344,9 @@ class Attention:
     tiles_loaded: int = 2  # [64, head_dim] of 2 bytes, for each block
     tiles_added: int = 0  # [64, head_dim] of 4 bytes that it adds in global memory
     multicast: int = 1  # CTAs that one read of L2 serves
+    # Each warp has rows of the two query blocks, and multiplies for those that keep a block; else
+    # it has rows of one, and skips what that one does not keep.
+    spans_members: bool = False
 
     @property
     def flop(self) -> int:
@@ -396,12 +400,15 @@ def bound(loop: Loop, attention: Attention, union: float = 1.0) -> Bound:
         union: Blocks that a CTA loads, per block that one of its rows keeps.
     """
     chip = Chip(attention.architecture)
-    flop = sum(product.flop for i in loop.path if (product := product_of(i)))
-    blocks = flop / attention.flop  # of one warp in one way through the loop
+    ways = _ways(loop, attention, union)
     copied = attention.filled_bytes(union) + attention.added_bytes
-    kept = steps_of(loop.path, chip, copied * blocks)
-    skipped = steps_of(loop.skip, chip)
-    programs = _programs(kept, skipped, attention.warps, union)
+
+    def blocks_of(way: Sequence[Instruction]) -> float:
+        flop = sum(product.flop for i in way if (product := product_of(i)))
+        return flop / attention.flop
+
+    steps = {way: steps_of(way, chip, copied * blocks_of(way)) for way in {*chain(*ways)}}
+    programs = [[steps[way] for way in of_warp] for of_warp in ways]
     length = len(programs[0])
     cycles = simulate(
         programs,
@@ -410,22 +417,22 @@ def bound(loop: Loop, attention: Attention, union: float = 1.0) -> Bound:
         stages=attention.stages,
         rounds=2 * length * math.ceil(16 / length),
     )
-    kept_share = sum(way is kept for way in programs[0]) / length
-    simulated = cycles / kept_share / (blocks * attention.warps * attention.ctas)
+    blocks = sum(map(blocks_of, ways[0]))  # of one warp in all of its ways through the loop
+    simulated = cycles * length / (blocks * attention.warps * attention.ctas)
+    issued = [step for program in programs[0] for step in program]
 
     def of_pipe(pipe: str) -> float:
-        return sum(step.cycles for step in kept if step.pipe == pipe) / blocks
+        return sum(step.cycles for step in issued if step.pipe == pipe) / blocks
 
-    skips = (1 / kept_share - 1) * len(skipped)
     bytes_per_clock = chip["l2"] * 1e3 / chip["clock"] / chip["multiprocessors"]
     resources = {
         "tensor": of_pipe("tensor"),
         "exp2": of_pipe("exp2"),
         "fp32": of_pipe("fp32"),
         "alu": of_pipe("alu"),
-        "shared": sum(step.shared for step in kept) / blocks,
+        "shared": sum(step.shared for step in issued) / blocks,
         "l2": attention.l2_bytes(union) / bytes_per_clock,
-        "issue": (len(kept) + skips) / blocks,
+        "issue": len(issued) / blocks,
     }
     slowest = max(resources, key=lambda name: resources[name])
     clocks = max(simulated, resources["l2"])
@@ -439,22 +446,25 @@ def bound(loop: Loop, attention: Attention, union: float = 1.0) -> Bound:
     )
 
 
-def _programs(
-    kept: tuple[Step, ...], skipped: tuple[Step, ...], warps: int, union: float
-) -> list[list[tuple[Step, ...]]]:
-    """Ways through the blocks of a union, for each warp: those it keeps, and those it skips."""
+def _ways(loop: Loop, attention: Attention, union: float) -> list[list[tuple[Instruction, ...]]]:
+    """Ways through the blocks of a union, for each warp: of those that are kept, and of others."""
+    warps = attention.warps
     if union == 1:
-        return [[kept]] * warps
-    if not skipped:
+        return [[loop.path]] * warps
+    other = loop.part if attention.spans_members else loop.skip
+    if not other:
         raise ValueError("the loop has no way past a block that a row does not keep")
-    kept_rounds = 20
+    kept_rounds = 20  # of a row
     rounds = round(kept_rounds * union)
-    distance = rounds / (rounds - kept_rounds)  # of the blocks that are skipped
-    programs = []
+    # What a row does not keep is kept by the other one, and neither row's blocks are those of both.
+    others = (rounds - kept_rounds) * (2 if attention.spans_members else 1)
+    distance = rounds / others
+    ways = []
     for warp in range(warps):
-        gaps = {int((i + warp / warps) * distance) for i in range(rounds - kept_rounds)}
-        programs.append([skipped if i in gaps else kept for i in range(rounds)])
-    return programs
+        phase = 0.0 if attention.spans_members else warp / warps
+        gaps = {int((i + phase) * distance) for i in range(others)}
+        ways.append([other if i in gaps else loop.path for i in range(rounds)])
+    return ways
 
 
 def with_waits_first(loop: Loop) -> Loop:

@@ -95,6 +95,8 @@ class Loop:
     path: tuple[Instruction, ...]
     # The shortest way past a stage of which nothing is multiplied; empty if there is none.
     skip: tuple[Instruction, ...]
+    # Such a way as the path, by other products: of a stage of which less is multiplied; or empty.
+    part: tuple[Instruction, ...]
 
     def count(self, *names: str) -> int:
         """How many instructions of the path have one of these names."""
@@ -181,12 +183,20 @@ class Kernel:
         def way(header: int, allowed: Iterable[int]) -> tuple[Instruction, ...]:
             return _best_way(header, frozenset(allowed), self.blocks, self.successors)
 
+        path = way(header, blocks)
+        multiplied = {i.address for i in path if _products([i])}
+        others = (b for b in blocks if all(i.address not in multiplied for i in self.blocks[b]))
+        part = way(header, others)
         # A stage is passed over by a round of this loop, or of one inside it that releases stages.
         idle = frozenset(b for b in blocks if not _products(self.blocks[b]))
         inner = [(h, body) for h, body in self.loops.items() if body < idle]
         ways = [way(header, idle), *(way(h, body) for h, body in inner if self._releases(body))]
         return Loop(
-            header, blocks, way(header, blocks), min(filter(None, ways), key=len, default=())
+            header,
+            blocks,
+            path=path,
+            skip=min(filter(None, ways), key=len, default=()),
+            part=part if _products(part) else (),
         )
 
     def _releases(self, blocks: Iterable[int]) -> bool:

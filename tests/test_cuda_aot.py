@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bounds import KERNELS, UNIONS, module_file
+from benchmarks.bounds import KERNELS, UNIONS, compiled, module_file
 from benchmarks.issue_model import bound, overlapped, with_waits_first
 from benchmarks.sass import read_kernels
 
@@ -26,6 +26,8 @@ AT_LEAST = {  # TFLOP/s, of a union of 1.1
     "sm_90a backward D=64": 450,
     "sm_90a backward of dk, dv D=64": 560,
     "sm_90a backward of dq D=64": 480,
+    "sm_80 forward D=128": 200,
+    "sm_80 forward D=64": 150,
 }
 
 
@@ -51,9 +53,16 @@ def attention(request):
 
 
 @pytest.fixture(scope="module")
-def loop(attention, kernels):
-    (kernel,) = (k for k in kernels.values() if re.search(attention.pattern, k.name))
-    return kernel.main_loop()
+def loop(attention):
+    return compiled(attention).main_loop()
+
+
+def of_architecture(name):
+    """Only those of `KERNELS` for an architecture."""
+    kernels = [attention for attention in KERNELS if attention.architecture == name]
+    return pytest.mark.parametrize(
+        "attention", kernels, indirect=True, ids=[attention.label for attention in kernels]
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,12 +103,13 @@ def test_registers_are_within_what_is_granted(kernels):
             assert used <= count, f"{name} uses {used} registers after {grant}"
 
 
-def test_the_grants_fit_the_chip(attention, kernels):
+@of_architecture("sm_90a")
+def test_the_grants_fit_the_chip(attention):
     """One warp group copies, the others multiply, and what they ask for was given at launch.
 
     A warp group that asks for more than is there would wait for ever.
     """
-    (kernel,) = (k for k in kernels.values() if re.search(attention.pattern, k.name))
+    kernel = compiled(attention)
     at_launch = 128 * (attention.warps + 1) * kernel.registers
     assert at_launch <= REGISTERS
     grants = {i.opcode: int(i.operands.split(",")[-1], 16) for i in kernel.find("USETMAXREG")}
@@ -108,6 +118,17 @@ def test_the_grants_fit_the_chip(attention, kernels):
     )
     (copy,) = (count for opcode, count in grants.items() if "DEALLOC" in opcode)
     assert 128 * (attention.warps * multiply + copy) <= at_launch
+
+
+@of_architecture("sm_80")
+def test_a_multiprocessor_holds_the_ctas_that_the_model_has(attention):
+    assert 128 * attention.warps * attention.ctas * compiled(attention).registers <= REGISTERS
+
+
+@of_architecture("sm_80")
+def test_operands_are_read_by_matrices(loop):
+    """As many products as there are need at least a matrix of keys or values for four of them."""
+    assert loop.count("LDSM") <= loop.count("HMMA") / 3
 
 
 def test_attention_multiplies_on_tensor_cores_and_copies_asynchronously(kernels):
@@ -136,6 +157,7 @@ def test_selection_multiplies_exactly(kernels):
         assert not kernels[name].find("HMMA", "HGMMA"), name
 
 
+@of_architecture("sm_90a")
 def test_products_are_in_flight_during_softmax(loop):
     """ptxas has neither serialised them (C75xx) nor moved the waits above the exp2s."""
     products = loop.count("HGMMA")
@@ -153,6 +175,7 @@ def test_bounds(attention, loop, record_property):
     assert rates == sorted(rates, reverse=True)
 
 
+@of_architecture("sm_90a")
 @pytest.mark.parametrize("warps, factor", [(1, 1.1), (None, 1.01)], ids=["alone", "together"])
 def test_waiting_earlier_is_slower(attention, loop, warps, factor):
     """Other warp groups hide most of what a warp group waits for, but not all."""

@@ -9,10 +9,11 @@ from oracle import assert_as_accurate_as, attention, block_runs, token_mask
 from test_block_attention import LAYOUTS, check, gradients, problem
 
 import nabla
-from nabla import BlockMask, TokenGrid
+from nabla import BlockMask, TokenGrid, cuda
 from nabla import _cuda_emulated as emulated
 
 BACKEND = "cuda-emulated"
+ARCHITECTURES = {"sm_80": 80, "sm_90a": 90}  # those of sm_86 and sm_89 are those of sm_80
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 HEAD_DIMS = (64, 128)
 SCHEDULES = ("late", "eager", "random", "starving")  # see csrc/emulation/emulation.h
@@ -28,10 +29,10 @@ PROBLEMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _schedule():
-    yield
-    emulated.configure()
+@pytest.fixture(autouse=True, params=ARCHITECTURES.values(), ids=ARCHITECTURES)
+def architecture(request):
+    with cuda.emulation(request.param):
+        yield request.param
 
 
 def assert_exact(q, k, v, keep, grid, first=0, scale=0.2):
@@ -64,6 +65,7 @@ def test_attention(name, head_dim, dtype):
     assert_exact(q, k, v, keep, grid)
 
 
+@pytest.mark.parametrize("architecture", [90], indirect=True)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_it_differentiates(head_dim):
     grid = TokenGrid(3, 8, 12)
@@ -101,6 +103,15 @@ def test_rows_that_drift_apart(schedule, head_dim):
         keep[:, head, 2, [0, 1, gap - 1, gap]] = True
     emulated.configure(schedule, 3)
     assert_exact(q[:, :, : 3 * 64], k, v, keep, grid)
+
+
+def test_long_rows():
+    """Of more words than a warp has lanes, and of more blocks than are listed at a time."""
+    grid = TokenGrid(1100, 8, 8)
+    k, v = torch.randn(2, 1, 1, grid.num_tokens, 64, dtype=torch.bfloat16)
+    keep = torch.zeros(1, 1, 2, 1100, dtype=torch.bool)
+    keep[..., 0, 400:550] = keep[..., 1, 520:530] = keep[..., [3, 1023, 1024, 1099]] = True
+    assert_exact(k[:, :, : 2 * 64], k, v, keep, grid)
 
 
 @pytest.mark.parametrize("first, last", [(0, 1), (1, 8), (3, 9), (8, 9)], ids=str)
@@ -218,6 +229,7 @@ def test_groups_take_every_block_once(size, frame_blocks):
             assert [b - a for a, b in itertools.pairwise(group)] == [frame_blocks] * (size - 1)
 
 
+@pytest.mark.parametrize("architecture", [90], indirect=True)
 def test_compiled():
     grid = TokenGrid(2, 8, 12)
     q, k, v, dout, keep = problem(grid, (2, 1), 64, torch.bfloat16)

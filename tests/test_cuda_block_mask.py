@@ -45,6 +45,13 @@ def backend():
     return BACKEND
 
 
+@pytest.fixture(params=[80, 86, 90])
+def architecture(request):
+    """They differ in how much shared memory there is, and so in how many rows a CTA holds."""
+    with cuda.emulation(request.param):
+        yield request.param
+
+
 def test_this_installation_emulates_them():
     assert cuda.emulation_unavailable_reason() is None
 
@@ -85,7 +92,7 @@ def test_masks(name, dtype, window):
 
 
 @pytest.mark.parametrize("num_blocks", [31, 32, 33, 1700, 3400, 5000, 8192, 14000])
-def test_rows_of_any_length(num_blocks):
+def test_rows_of_any_length(num_blocks, architecture):
     """Of many ties at the cut, of few, and of scores that differ much."""
     grid = TokenGrid(num_blocks, 8, 8)
     top_p = torch.tensor([0.3, 0.95])
@@ -105,7 +112,7 @@ def test_rows_of_any_length(num_blocks):
 
 
 @pytest.mark.parametrize("num_blocks", [1800, 3500, 8192])
-def test_long_rows_of_means(num_blocks):
+def test_long_rows_of_means(num_blocks, architecture):
     grid = TokenGrid(num_blocks, 8, 8)
     k = smooth_tokens(grid, 1, 64, torch.bfloat16, strength=1.0)
     q = k[:, :, 2 * 64 : 5 * 64]
@@ -225,7 +232,7 @@ def test_every_schedule_gives_the_same_mask():
             assert torch.equal(nabla.create_block_mask(q, k, **options).bits, expected.bits)
 
 
-def test_rows_that_fit_no_kernel_are_refused():
+def test_rows_that_fit_no_kernel_are_refused(architecture):
     grid = TokenGrid(60000, 8, 8)
     with pytest.raises(ValueError, match="a row of 60000 blocks does not fit.*triton"):
         nabla.select_blocks(torch.ones(1, 1, 1, 60000), grid, top_p=0.5, backend=BACKEND)

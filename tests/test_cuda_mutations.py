@@ -32,6 +32,7 @@ class Case(NamedTuple):
 
     name: str
     run: Callable[[], tuple[Tensor, ...]]
+    architecture: int = 90
 
 
 def mask_case() -> Case:
@@ -80,6 +81,20 @@ def attention_case(head_dim: int, dtype: torch.dtype, frames: int) -> Case:
     return Case(f"attention of D = {head_dim}", run)
 
 
+def ampere_case() -> Case:
+    """More blocks than a list holds, short ones among them, that both rows keep, or one."""
+    grid = nabla.TokenGrid(frames=35, height=16, width=12)
+    q, k, v = torch.randn(3, 1, 1, grid.num_tokens, 64).bfloat16().unbind()
+    keep = torch.rand(1, 1, 2, grid.num_blocks) < 0.8
+    mask = nabla.BlockMask.from_dense(keep, grid=grid)
+    q = q[:, :, : grid.block_start(2)]
+
+    def run() -> tuple[Tensor, ...]:
+        return nabla.block_sparse_attention(q, k, v, mask, return_lse=True, backend="cuda-emulated")
+
+    return Case("attention on sm_80", run, architecture=80)
+
+
 def gradient_case(head_dim: int, dtype: torch.dtype, frames: int, *, is_fast: bool) -> Case:
     """Rows and columns longer than the ring, of several heads; short blocks, gaps, and nothing."""
     grid = nabla.TokenGrid(frames=frames, height=8, width=20)
@@ -102,7 +117,7 @@ def gradient_case(head_dim: int, dtype: torch.dtype, frames: int, *, is_fast: bo
 
 def outcome(case: Case, schedule: str, seed: int, ignored: str = "") -> tuple[Tensor, ...] | None:
     """The result, or None where the emulator reports a fault."""
-    with cuda.emulation(schedule=schedule, seed=seed, ignored=ignored):
+    with cuda.emulation(case.architecture, schedule=schedule, seed=seed, ignored=ignored):
         try:
             return case.run()
         except emulated.EmulationError:
@@ -112,7 +127,8 @@ def outcome(case: Case, schedule: str, seed: int, ignored: str = "") -> tuple[Te
 def synchronising_calls(case: Case) -> set[str]:
     """The calls "file:line:instruction" that the case makes."""
     emulated.clear_report()
-    case.run()
+    with cuda.emulation(case.architecture):
+        case.run()
     return {
         f"{file}:{line}:{instruction}"
         for file, line, instruction, synchronises, _ in emulated.sites()
@@ -163,7 +179,8 @@ def cases() -> list[Case]:
         gradient_case(64, torch.float16, frames=2, is_fast=True),
         gradient_case(128, torch.bfloat16, frames=2, is_fast=False),
     ]
-    return [mask_case(), scores_case(), transposed_case(), *attention_cases, *gradient_cases]
+    mask_cases = [mask_case(), scores_case(), transposed_case()]
+    return [*mask_cases, *attention_cases, ampere_case(), *gradient_cases]
 
 
 @pytest.mark.parametrize(

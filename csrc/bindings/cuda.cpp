@@ -66,8 +66,14 @@ void define_launch(py::module_& m, const char* name, Params (*parse)(const Field
                    void (*cuda::Kernels::*stage)(const Params&)) {
     m.def(name, [name, parse, stage](int architecture, const py::kwargs& fields) {
         const auto launch = kernels(architecture).*stage;
+        if (!launch)
+            throw std::invalid_argument("there is no " + std::string(name) + " for sm_" +
+                                        std::to_string(architecture));
         const Params params = parse(Fields(fields));
         const py::gil_scoped_release unlocked;
+#ifdef NABLA_EMULATED
+        emulation::set_architecture(architecture);
+#endif
         try {
             launch(params);
         } catch (const LaunchError& error) {
@@ -86,7 +92,7 @@ PYBIND11_MODULE(NABLA_MODULE, m) {
     nabla::emulation::probes::define_probes(m.def_submodule("probes", "Kernels that test it."));
 #endif
     m.doc() = "CUDA kernels; see csrc/params.h for the fields of each launch.";
-    m.def("architectures", nabla::architectures, "Name by compute capability, as in {90: 'sm_90a'}.");
+    m.def("architectures", nabla::architectures, "Name by compute capability, as in {80: 'sm_80'}.");
     m.def("device_error", nabla::device_error, "Why the CUDA runtime finds no device, or None.");
     nabla::define_launch(m, "block_mean", nabla::block_mean_params, &Kernels::block_mean);
     nabla::define_launch(m, "pooled_scores", nabla::scores_params, &Kernels::pooled_scores);

@@ -32,7 +32,12 @@ using TensorMap = CUtensorMap;
 // ---- where a thread is ----
 
 NABLA_DEVICE uint32_t thread_index() { return threadIdx.x; }
-NABLA_DEVICE uint32_t cta_index() { return blockIdx.x; }
+// Read anew in each call, so that what is worked out from it need not stay in registers.
+NABLA_DEVICE uint32_t cta_index() {
+    uint32_t index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+}
 NABLA_DEVICE uint32_t num_ctas() { return gridDim.x; }
 NABLA_DEVICE uint32_t num_threads() { return blockDim.x; }
 NABLA_DEVICE uint32_t lane_index() { return threadIdx.x % 32; }
@@ -648,6 +653,18 @@ NABLA_DEVICE uint32_t leading_zeros(uint32_t x) { return __clz(x); }
 NABLA_DEVICE void nanosleep(uint32_t nanoseconds) { __nanosleep(nanoseconds); }
 
 // ---- launch, on the host ----
+
+// What a CTA of the current device has at most.
+inline uint32_t max_shared_bytes() {
+    int device = 0, bytes = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess)
+        status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status != cudaSuccess)
+        throw std::runtime_error(std::string("the current device: ") + cudaGetErrorName(status) +
+                                 ", " + cudaGetErrorString(status));
+    return static_cast<uint32_t>(bytes);
+}
 
 inline void check(cudaError_t status, const LaunchShape& shape) {
     if (status == cudaSuccess) return;

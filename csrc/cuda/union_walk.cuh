@@ -20,9 +20,11 @@ struct KeptBlock {
 template <int kRows>
 class UnionWalk {
   public:
-    // rows: the words of each row, a bit for each block; null for a row that keeps nothing.
-    NABLA_DEVICE UnionWalk(const BlockSlice& blocks, const uint32_t* const (&rows)[kRows])
-        : blocks_(blocks), words_((blocks.count() + 31) / 32) {
+    // Begins with block 32 * word. rows: the words of each row, a bit for each block; null for a row
+    // that keeps nothing.
+    NABLA_DEVICE UnionWalk(const BlockSlice& blocks, const uint32_t* const (&rows)[kRows],
+                           int32_t word = 0)
+        : blocks_(blocks), words_((blocks.count() + 31) / 32), first_(word), at_(word - 1) {
         NABLA_UNROLL
         for (int r = 0; r < kRows; ++r) rows_[r] = rows[r];
     }
@@ -41,13 +43,28 @@ class UnionWalk {
         return true;
     }
 
+    // Steps to the next word with a block; false behind the last. Each lane gets the block of its
+    // bit, without members where no row keeps it. For walks that do not call next().
+    NABLA_DEVICE bool next_word(KeptBlock& kept) {
+        for (left_ = 0; left_ == 0;)
+            if (!next_word()) return false;
+        kept.index = 32 * at_ + static_cast<int32_t>(ptx::lane_index());
+        kept.run = run_;
+        kept.members = 0;
+        NABLA_UNROLL
+        for (int r = 0; r < kRows; ++r)
+            kept.members |= (word_[r] >> ptx::lane_index() & 1) << r;
+        return true;
+    }
+    NABLA_DEVICE int32_t word() const { return at_; }
+
   private:
     NABLA_DEVICE bool next_word() {
-        if (++at_ == words_) return false;
-        if (at_ % 32 == 0) load_words();
+        if (++at_ >= words_) return false;
+        if ((at_ - first_) % 32 == 0) load_words();
         NABLA_UNROLL
         for (int r = 0; r < kRows; ++r) {
-            word_[r] = ptx::shuffle(loaded_[r], at_ % 32);
+            word_[r] = ptx::shuffle(loaded_[r], (at_ - first_) % 32);
             left_ |= word_[r];
         }
         run_ = blocks_.run(32 * at_ + static_cast<int32_t>(ptx::lane_index()));
@@ -66,8 +83,9 @@ class UnionWalk {
     const BlockSlice blocks_;
     const uint32_t* rows_[kRows];
     int32_t words_;           // of a row
-    int32_t at_ = -1;         // the current word
-    uint32_t loaded_[kRows];  // word at_ / 32 * 32 + lane
+    int32_t first_;           // the first word
+    int32_t at_;              // the current word
+    uint32_t loaded_[kRows];  // of 32 words, that of the lane
     uint32_t word_[kRows];    // word at_
     uint32_t left_ = 0;       // bits of the current word, of any row, that are still to come
     BlockRun run_;            // of block 32 * at_ + lane

@@ -400,7 +400,38 @@ std::string Cta::describe(uint32_t agent) const {
                ", lane " + std::to_string(agent % 32) + ")";
     if (agent < num_threads + num_warps)
         return "the tensor cores for warp " + std::to_string(agent - num_threads);
+    if (agent < num_threads + 2 * num_warps)
+        return "warp " + std::to_string(agent - num_threads - num_warps);
     return "a bulk copy";
+}
+
+WarpObserver::WarpObserver(const Cta& cta, uint32_t warp)
+    : cta_(cta), lanes_(&cta.threads[warp * 32]) {
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+        const Knowledge* known = lanes_[lane].known.get();
+        if (std::find(known_.begin(), known_.end(), known) == known_.end()) known_.push_back(known);
+    }
+}
+
+bool WarpObserver::has_seen(Epoch epoch) const {
+    if (epoch.agent / 32 == lanes_->warp && epoch.agent < cta_.num_threads)
+        return all_lanes([&](const Thread& thread) {
+            return cta_.has_seen(thread, epoch.agent, epoch.clock);
+        });
+    return std::all_of(known_.begin(), known_.end(), [&](const Knowledge* known) {
+        return known && known->seen(epoch.agent) >= epoch.clock;
+    });
+}
+
+bool WarpObserver::has_fenced(Epoch epoch) const {
+    return all_lanes([&](const Thread& thread) {
+        return cta_.has_fenced(thread, epoch.agent, epoch.clock);
+    });
+}
+
+template <class Test>
+bool WarpObserver::all_lanes(Test test) const {
+    return std::all_of(lanes_, lanes_ + 32, test);
 }
 
 // ---- shared memory ----

@@ -409,4 +409,20 @@ class ThreadObserver : public Observer {
     const Thread& thread_;
 };
 
+// All lanes of a warp, before an access that they make together.
+class WarpObserver : public Observer {
+  public:
+    WarpObserver(const Cta& cta, uint32_t warp);
+    bool has_seen(Epoch epoch) const override;
+    bool has_fenced(Epoch epoch) const override;
+
+  private:
+    template <class Test>
+    bool all_lanes(Test test) const;
+
+    const Cta& cta_;
+    const Thread* lanes_;
+    std::vector<const Knowledge*> known_;  // what the lanes know, each once
+};
+
 }  // namespace nabla::emulation

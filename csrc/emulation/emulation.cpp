@@ -14,8 +14,9 @@
 namespace nabla::emulation {
 namespace {
 
-constexpr uint32_t kMaxSharedBytes = 227 << 10;
 constexpr uint32_t kMaxThreads = 1024;
+
+thread_local int architecture = 90;
 
 // Everything that outlives a launch. Launches follow one another, as in a stream.
 struct Process {
@@ -127,6 +128,17 @@ class Grid {
 
 }  // namespace
 
+void set_architecture(int value) { architecture = value; }
+
+uint32_t max_shared_bytes() {
+    switch (architecture) {
+        case 80: return 163 << 10;
+        case 86:
+        case 89: return 99 << 10;
+        default: return 227 << 10;
+    }
+}
+
 void run(const LaunchShape& shape, const std::function<void()>& kernel) {
     if (!shape.ctas) return;
     const std::string launch = std::string("kernel '") + shape.name + "': a launch of CTAs of " +
@@ -134,8 +146,9 @@ void run(const LaunchShape& shape, const std::function<void()>& kernel) {
                                std::to_string(shape.shared_bytes) + " bytes of shared memory";
     if (!shape.threads || shape.threads > kMaxThreads || shape.threads % 32)
         throw Error(launch + ": the threads are a multiple of 32 up to 1024");
-    if (shape.shared_bytes > kMaxSharedBytes)
-        throw Error(launch + ": a CTA has at most " + std::to_string(kMaxSharedBytes) + " bytes");
+    if (shape.shared_bytes > max_shared_bytes())
+        throw Error(launch + ": a CTA of sm_" + std::to_string(architecture) + " has at most " +
+                    std::to_string(max_shared_bytes()) + " bytes");
     Process& all = process();
     const std::lock_guard lock(all.mutex);
     all.memory.launch = all.memory.launch % 0xfff + 1;

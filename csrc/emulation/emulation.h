@@ -58,6 +58,9 @@ struct Report {
     uint64_t ignored_calls;
 };
 
+// Compute capability of the device that the launches of this host thread run on; 90 at first.
+void set_architecture(int architecture);
+
 Schedule schedule_named(const std::string& name);
 void configure(const Settings& settings);
 Settings settings();

@@ -288,51 +288,71 @@ void ldmatrix_x4(uint32_t* registers, uint32_t row_address, bool transpose, Site
     cta.enter(Instruction::kLdmatrix, where, site);
     cta.check_shared(row_address, 16, 16, site);
     cta.collective(thread, site, mine, [&](Lane* const* lanes) {
+        // The warp reads, not a lane: its lanes have to know of what was written, all of them, and
+        // who writes there later that one of them has passed this call.
+        const WarpObserver observer(cta, thread.warp);
+        const auto agent = static_cast<uint16_t>(cta.position_agent(thread.warp));
+        const Access access{{thread.position + 1, agent, 0}, site};
+        Shadow::Memo memo;
+        uint16_t rows[32][8];  // of the four matrices
+        for (uint32_t row = 0; row < 32; ++row) {
+            const uint32_t address = lanes[row]->address;
+            cta.report_conflict(
+                cta.shadow.read(observer, access, address - Cta::kSharedBase, 16, memo), site);
+            memcpy(rows[row], cta.shared(address), 16);
+        }
         for (uint32_t lane = 0; lane < 32; ++lane)
             for (uint32_t i = 0; i < 4; ++i) {
-                uint16_t pair[2];
-                for (uint32_t e = 0; e < 2; ++e) {
-                    const uint32_t row = transpose ? 2 * (lane % 4) + e : lane / 4;
-                    const uint32_t column = transpose ? lane / 4 : 2 * (lane % 4) + e;
-                    const uint32_t address = lanes[8 * i + row]->address + 2 * column;
-                    // Who gets an element has to be ordered after its write.
-                    cta.read_shared(cta.threads[thread.warp * 32 + lane], address, 2, site);
-                    memcpy(&pair[e], cta.shared(address), 2);
-                }
-                lanes[lane]->registers[i] = pair[0] | uint32_t{pair[1]} << 16;
+                const uint32_t line = lane / 4, pair = 2 * (lane % 4);
+                const uint16_t(*matrix)[8] = rows + 8 * i;
+                const uint16_t low = transpose ? matrix[pair][line] : matrix[line][pair];
+                const uint16_t high = transpose ? matrix[pair + 1][line] : matrix[line][pair + 1];
+                lanes[lane]->registers[i] = low | uint32_t{high} << 16;
             }
     });
 }
 
+namespace {
+
+// What a lane passes to mma_m16n8k16.
+struct MmaLane {
+    float* d;
+    const uint32_t *a, *b;
+};
+
+template <Type kType>
+void multiply(MmaLane* const* lanes) {
+    float left[16][16], right[16][8];
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+        const uint32_t line = lane / 4, pair = 2 * (lane % 4);
+        for (uint32_t r = 0; r < 4; ++r)
+            for (uint32_t e = 0; e < 2; ++e)
+                left[line + 8 * (r & 1)][8 * (r >> 1) + pair + e] =
+                    from_bits(kType, static_cast<uint16_t>(lanes[lane]->a[r] >> 16 * e));
+        for (uint32_t r = 0; r < 2; ++r)
+            for (uint32_t e = 0; e < 2; ++e)
+                right[8 * r + pair + e][line] =
+                    from_bits(kType, static_cast<uint16_t>(lanes[lane]->b[r] >> 16 * e));
+    }
+    for (uint32_t row = 0; row < 16; ++row) {
+        float sums[8] = {};
+        for (uint32_t k = 0; k < 16; ++k)
+            for (uint32_t column = 0; column < 8; ++column)
+                sums[column] += left[row][k] * right[k][column];
+        for (uint32_t column = 0; column < 8; ++column)
+            lanes[row % 8 * 4 + column / 2]->d[row / 8 * 2 + column % 2] += sums[column];
+    }
+}
+
+}  // namespace
+
 void mma_m16n8k16(Type type, float* d, const uint32_t* a, const uint32_t* b, Site where) {
-    struct Lane {
-        float* d;
-        const uint32_t *a, *b;
-    } mine{d, a, b};
+    MmaLane mine{d, a, b};
     Cta& cta = Cta::current();
     uint32_t site;
     cta.enter(Instruction::kMma, where, site);
-    cta.collective(Cta::self(), site, mine, [&](Lane* const* lanes) {
-        float left[16][16], right[16][8];
-        for (uint32_t lane = 0; lane < 32; ++lane) {
-            for (uint32_t r = 0; r < 4; ++r)
-                for (uint32_t e = 0; e < 2; ++e)
-                    left[lane / 4 + 8 * (r & 1)][8 * (r >> 1) + 2 * (lane % 4) + e] =
-                        from_bits(type, static_cast<uint16_t>(lanes[lane]->a[r] >> 16 * e));
-            for (uint32_t r = 0; r < 2; ++r)
-                for (uint32_t e = 0; e < 2; ++e)
-                    right[8 * r + 2 * (lane % 4) + e][lane / 4] =
-                        from_bits(type, static_cast<uint16_t>(lanes[lane]->b[r] >> 16 * e));
-        }
-        for (uint32_t lane = 0; lane < 32; ++lane)
-            for (uint32_t i = 0; i < 4; ++i) {
-                const uint32_t row = lane / 4 + 8 * (i >> 1);
-                const uint32_t column = 2 * (lane % 4) + (i & 1);
-                float sum = 0;
-                for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
-                lanes[lane]->d[i] += sum;
-            }
-    });
+    cta.collective(Cta::self(), site, mine,
+                   type == Type::kBFloat16 ? multiply<Type::kBFloat16> : multiply<Type::kFloat16>);
 }
 
 }  // namespace nabla::emulation

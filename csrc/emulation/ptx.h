@@ -70,6 +70,7 @@ void mma_m16n8k16(Type type, float* d, const uint32_t* a, const uint32_t* b, Sit
 void set_max_registers(int registers, bool up, Site site);
 // Reports a value that was computed from an accumulator which wgmma had not finished.
 [[noreturn]] void report_in_flight(Site site);
+uint32_t max_shared_bytes();
 void run(const LaunchShape& shape, const std::function<void()>& kernel);
 
 // What accumulators hold while wgmma works on them: a signalling NaN. Arithmetic makes it quiet and
@@ -340,6 +341,9 @@ inline uint32_t leading_zeros(uint32_t x) {
 }
 
 void nanosleep(uint32_t nanoseconds);
+
+// What a CTA of the emulated device has at most.
+inline uint32_t max_shared_bytes() { return emulation::max_shared_bytes(); }
 
 // Run kernel(arguments...) on a grid; returns when it is done.
 template <class... Parameters, class... Arguments>

@@ -23,6 +23,7 @@ from nabla.grid import TokenGrid
 PACKAGE = Path(__file__).parent.parent
 
 _emulated_architecture = 90
+_chosen_architecture: int | None = None  # in the place of a device's own
 _emulator_lock = threading.Lock()  # the memory that kernels may touch is one for the process
 
 
@@ -42,7 +43,7 @@ def device_error() -> str | None:
 
 
 def architectures() -> dict[int, str]:
-    """Return what the kernels are compiled for: names by compute capability, as {90: "sm_90a"}."""
+    """Return what the kernels are compiled for: names by compute capability, as {80: "sm_80"}."""
     return native("_cuda").architectures() if unavailable_reason() is None else {}
 
 
@@ -59,7 +60,7 @@ def emulation(
     """Emulate otherwise, in all threads: kernels of an architecture, or in another order.
 
     Args:
-        architecture: Compute capability, one of `architectures()`.
+        architecture: Compute capability: 80, 86, 89 or 90.
         schedule: Which thread runs next, and when asynchronous work is done: "late", "eager",
             "random" or "starving".
         seed: Of the schedule, and of the order of CTAs.
@@ -67,6 +68,7 @@ def emulation(
     """
     global _emulated_architecture
     emulator = native("_cuda_emulated")
+    _check_architecture(architecture, emulator)
     emulator.configure(schedule, seed, torch.get_num_threads(), ignored)
     before, _emulated_architecture = _emulated_architecture, architecture
     try:
@@ -74,6 +76,24 @@ def emulation(
     finally:
         _emulated_architecture = before
         emulator.configure()
+
+
+@contextmanager
+def kernels_of(architecture: int) -> Iterator[None]:
+    """Launch, in all threads, the kernels of an older architecture, to test them on this device.
+
+    The driver compiles them from PTX of sm_80, which 80, 86 and 89 share.
+
+    Args:
+        architecture: Compute capability: 80, 86, 89 or that of the device.
+    """
+    global _chosen_architecture
+    _check_architecture(architecture, native("_cuda"))
+    before, _chosen_architecture = _chosen_architecture, architecture
+    try:
+        yield
+    finally:
+        _chosen_architecture = before
 
 
 def launch(
@@ -93,7 +113,8 @@ def launch(
         return
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        getattr(native("_cuda"), stage)(architecture(device), stream=stream, **pointers)
+        chosen = _chosen_architecture or architecture(device)
+        getattr(native("_cuda"), stage)(chosen, stream=stream, **pointers)
 
 
 def with_aligned_rows(x: Tensor) -> Tensor:
@@ -107,6 +128,13 @@ def with_aligned_rows(x: Tensor) -> Tensor:
     if all(offset % 16 == 0 for offset in offsets) and (x.stride(2) or x.shape[2] == 1):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _check_architecture(architecture: int, module: ModuleType) -> None:
+    if architecture not in (known := module.architectures()):
+        raise ValueError(
+            f"architecture={architecture} has no kernels: give one of {', '.join(map(str, known))}"
+        )
 
 
 def _why_not_loaded(name: str) -> str | None:

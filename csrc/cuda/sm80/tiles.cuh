@@ -22,22 +22,38 @@ struct Tile {
     }
 };
 
-// Copies rows 0 .. size - 1 of x, `stride` elements apart, into a tile, and zeroes the rows behind.
-// Threads 0 .. kThreads - 1 of a CTA take part. The copies of each belong to its current group:
-// commit and wait order them, and a barrier makes them known to the others.
-template <int kD, int kThreads, class T>
-NABLA_DEVICE void copy_tile(uint32_t tile, const T* x, int64_t stride, int size) {
-    constexpr int kChunks = kD / 8, kRows = kThreads / kChunks;  // of a row; of a step
-    static_assert(kRows % 8 == 0 && kBlock % kRows == 0, "a thread's chunks are swizzled alike");
-    const int thread = static_cast<int>(ptx::thread_index());
-    const int row = thread / kChunks, chunk = thread % kChunks;
-    const uint32_t destination = tile + Tile<kD>::offset(row, chunk);
-    const T* source = x + row * stride + chunk * 8;
-    NABLA_UNROLL
-    for (int step = 0; step < kBlock; step += kRows)
-        ptx::copy_async_16(destination + step * Tile<kD>::kPitch, source + step * stride,
-                           row + step < size ? 16 : 0);
-}
+// Copies rows of a tensor x, `stride` elements apart, into tiles of kRows rows. Threads
+// 0 .. kThreads - 1 of a CTA take part, each with one chunk of every kStep-th row. Its copies
+// belong to its current group: commit and wait order them, and a barrier makes them known to the
+// others.
+template <class T, int kD, int kThreads, int kRows = kBlock>
+class TileCopy {
+    static constexpr int kChunks = kD / 8, kStep = kThreads / kChunks;
+    static_assert(kStep % 8 == 0 && kRows % kStep == 0, "a thread's chunks are swizzled alike");
+
+  public:
+    NABLA_DEVICE TileCopy(const T* x, int64_t stride) : stride_(stride) {
+        const int thread = static_cast<int>(ptx::thread_index()), chunk = thread % kChunks;
+        row_ = thread / kChunks;
+        offset_ = Tile<kD>::offset(row_, chunk);
+        x_ = x + row_ * stride + chunk * 8;
+    }
+
+    // Rows first .. first + size - 1 of x; zeros behind them.
+    NABLA_DEVICE void operator()(uint32_t tile, int first, int size) const {
+        const T* source = x_ + first * stride_;
+        NABLA_UNROLL
+        for (int row = 0; row < kRows; row += kStep, source += kStep * stride_)
+            ptx::copy_async_16(tile + offset_ + row * Tile<kD>::kPitch, source,
+                               row_ + row < size ? 16 : 0);
+    }
+
+  private:
+    const T* x_;  // the thread's chunk of row 0
+    int64_t stride_;
+    int row_;          // the first that is the thread's
+    uint32_t offset_;  // of its chunk in a tile
+};
 
 // Reads operands of products from tiles X, as a warp: of A four matrices, [16, 16], and of B as
 // many, which are 16 columns of two products. `row` and `channel` are multiples of 16.
@@ -92,11 +108,11 @@ NABLA_DEVICE void multiply(float (&d)[kCount], int column, const uint32_t (&a)[4
                              reinterpret_cast<const uint32_t(&)[2]>(b[2 * half]));
 }
 
-// Accumulators [16, 64] as the operand A of a next product, in 4 parts [16, 16].
-template <class T>
-NABLA_DEVICE void as_operand_a(uint32_t (&a)[4][4], const float (&d)[32]) {
+// Accumulators [16, N] as the operand A of a next product, in N / 16 parts [16, 16].
+template <class T, int kCount>
+NABLA_DEVICE void as_operand_a(uint32_t (&a)[kCount / 8][4], const float (&d)[kCount]) {
     NABLA_UNROLL
-    for (int i = 0; i < 32; i += 2) a[i / 8][i / 2 % 4] = ptx::pack<T>(d[i], d[i + 1]);
+    for (int i = 0; i < kCount; i += 2) a[i / 8][i / 2 % 4] = ptx::pack<T>(d[i], d[i + 1]);
 }
 
 }  // namespace nabla::sm80

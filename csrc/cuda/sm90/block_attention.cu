@@ -13,8 +13,8 @@
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "cuda/sm90/rings.cuh"
-#include "cuda/sm90/softmax.cuh"
 #include "cuda/sm90/tiles.cuh"
+#include "cuda/softmax.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/union_walk.cuh"
 

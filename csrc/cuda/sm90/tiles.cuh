@@ -5,6 +5,7 @@
 // row r lie in the order of their numbers xor r % 8.
 #pragma once
 
+#include "cuda/accumulators.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/tensor_map.h"
 #include "params.h"
@@ -14,7 +15,6 @@ namespace nabla::sm90 {
 constexpr int kBlock = 64;  // tokens of a block, rows of a tile
 constexpr int kPanelBytes = kBlock * 128;
 constexpr int kWarpgroup = 128;  // threads
-constexpr int kScores = 32;      // accumulators of a thread in a product [64, 64]: 2 rows of 16
 
 // ---- tiles ----
 
@@ -52,24 +52,9 @@ NABLA_DEVICE void zero_tail(uint32_t tile, int size) {
 
 // ---- accumulators ----
 
-// The row of accumulator i, 0 or 1, of the two that a thread has.
-NABLA_DEVICE constexpr int row_of(int i) { return i >> 1 & 1; }
-
 // The row of the tile of accumulators i with row_of(i) == r.
 NABLA_DEVICE int thread_row(int r) {
     return static_cast<int>(ptx::warp_index() % 4 * 16 + ptx::lane_index() / 4 + 8 * r);
-}
-
-// The first column of a thread's accumulators; the others follow in steps of 8, with the next ones.
-NABLA_DEVICE int thread_column() { return 2 * (ptx::lane_index() % 4); }
-
-// factor * accumulators i with row_of(i) == r, to their columns of a row in global memory.
-template <class T, int kCount>
-NABLA_DEVICE void store_row(T* row, const float (&accumulators)[kCount], int r, float factor) {
-    NABLA_UNROLL
-    for (int i = 2 * r; i < kCount; i += 4)
-        ptx::store_global(reinterpret_cast<uint32_t*>(row + thread_column() + 2 * (i - 2 * r)),
-                          ptx::pack<T>(accumulators[i] * factor, accumulators[i + 1] * factor));
 }
 
 }  // namespace nabla::sm90

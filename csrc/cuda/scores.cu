@@ -1,10 +1,10 @@
 // mean[n] = mean of x over the tokens of block n: one pass over the tokens, a warp a block.
 // scores[i, j] = softmax_j(scale * q_mean[i] . k_mean[j]).
-#include "cuda/sm90/scores.cuh"
+#include "cuda/scores.cuh"
 
 #include "cuda/kernels.h"
 
-namespace nabla::sm90 {
+namespace nabla::cuda {
 namespace {
 
 constexpr int kMeanWarps = 8;
@@ -67,10 +67,10 @@ NABLA_KERNEL(32 * kMeanWarps, 4) block_mean_kernel(const NABLA_GRID_CONSTANT Blo
 template <class Config>
 NABLA_KERNEL(32 * Config::kWarps, Config::kCtas)
 pooled_scores_kernel(const NABLA_GRID_CONSTANT ScoresParams p) {
-    const auto at = RowGroup::of_cta(p, Config{});
     const int pitch = row_pitch(p.blocks.count), columns = p.blocks.count;
     const RowMemory memory(ptx::shared_base(), Config::kRows, pitch, p.head_dim);
-    compute_logits<Config>(p, at, memory);
+    compute_logits<Config>(p, RowGroup::of_cta(p, Config{}), memory);
+    const auto at = RowGroup::of_cta(p, Config{});  // anew, because logits take all registers
     for (int r = ptx::warp_index(); r < Config::kRows; r += Config::kWarps) {
         if (at.row + r >= p.q_blocks) break;
         const uint32_t smem = memory.scores + r * pitch * 4;
@@ -86,9 +86,9 @@ pooled_scores_kernel(const NABLA_GRID_CONSTANT ScoresParams p) {
 }  // namespace
 
 void block_mean(const BlockMeanParams& p) {
-    cuda::with_type_and_head_dim(p.dtype, p.head_dim, [&](auto type, auto head_dim) {
+    with_type_and_head_dim(p.dtype, p.head_dim, [&](auto type, auto head_dim) {
         const uint32_t warps = static_cast<uint32_t>(p.batch) * p.heads * p.x_blocks;
-        const ptx::LaunchShape shape{"block_mean", cuda::ceil_div<uint32_t>(warps, kMeanWarps),
+        const ptx::LaunchShape shape{"block_mean", ceil_div<uint32_t>(warps, kMeanWarps),
                                      32 * kMeanWarps, 0, p.stream};
         ptx::launch(block_mean_kernel<decltype(type), decltype(head_dim)::value>, shape, p);
     });
@@ -100,4 +100,4 @@ void pooled_scores(const ScoresParams& p) {
     });
 }
 
-}  // namespace nabla::sm90
+}  // namespace nabla::cuda

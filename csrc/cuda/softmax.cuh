@@ -1,21 +1,20 @@
-// The running softmax of 64 query rows, over blocks of 64 scores that lie in accumulators of wgmma.
+// The running softmax of a warp's 16 query rows, over blocks of 64 scores that lie in accumulators.
 //
-// A thread has columns of rows lane / 4 and lane / 4 + 8 of its warp's 16. A score weighs
-// exp2(scale_log2 (score - reference)), and sums of weights are exact for any reference of a row.
-// It need not be the largest score: it follows one that would weigh more than 1 and more than an
-// eighth of the sum so far. So what dominates a row weighs 1, which bf16 holds exactly, and most
-// blocks move no reference, which takes shuffles and rescales what has been summed. The difference
-// comes before the scale: beside a product that was rounded, a fused one would leave the rounding
-// of large scores in the weights.
+// A score weighs exp2(scale_log2 (score - reference)), and sums of weights are exact for any
+// reference of a row. It need not be the largest score: it follows one that would weigh more than 1
+// and more than an eighth of the sum so far. So what dominates a row weighs 1, which bf16 holds
+// exactly, and most blocks move no reference, which takes shuffles and rescales what has been
+// summed. The difference comes before the scale: beside a product that was rounded, a fused one
+// would leave the rounding of large scores in the weights.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
 
+#include "cuda/accumulators.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/sm90/tiles.cuh"
 
-namespace nabla::sm90 {
+namespace nabla {
 
 class Softmax {
   public:
@@ -102,4 +101,4 @@ class Softmax {
     float sum_[2] = {0.0f, 0.0f};
 };
 
-}  // namespace nabla::sm90
+}  // namespace nabla

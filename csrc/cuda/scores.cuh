@@ -12,11 +12,11 @@
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 
-namespace nabla::sm90 {
+namespace nabla::cuda {
 
 constexpr float kAlwaysKept = -1.0f;
 constexpr int kColumns = 4;         // of a thread
-constexpr int kChannelsAtOnce = 8;  // loads in flight, to hide the latency of L2
+constexpr int kChannelsAtOnce = 4;  // loads in flight: of all warps, they hide the latency of L2
 
 template <int kRows_, int kWarps_, int kCtas_>
 struct RowConfig {
@@ -165,24 +165,24 @@ NABLA_DEVICE void softmax_row(uint32_t row_smem, int32_t columns, int32_t select
 // Launch with(Config{}), the one that holds as many rows as fit: more rows read k_mean less often.
 template <class With>
 void with_row_config(const char* name, const ScoresParams& p, With with) {
-    constexpr uint32_t kShared = 227 * 1024, kSharedOfTwo = kShared / 2 - 1024;
+    const uint32_t shared = ptx::max_shared_bytes(), shared_of_two = shared / 2 - 1024;
     const auto bytes = [&](int rows) {
         return RowMemory(0, rows, row_pitch(p.blocks.count), p.head_dim).bytes;
     };
     const auto launch = [&](auto config) {
         using Config = decltype(config);
-        const uint32_t groups = cuda::ceil_div(p.q_blocks, Config::kRows);
+        const uint32_t groups = ceil_div(p.q_blocks, Config::kRows);
         with(config, ptx::LaunchShape{name, p.batch * p.heads * groups, 32 * Config::kWarps,
                                       bytes(Config::kRows), p.stream});
     };
-    if (bytes(16) <= kSharedOfTwo) return launch(RowConfig<16, 8, 2>{});
-    if (bytes(16) <= kShared) return launch(RowConfig<16, 16, 1>{});
-    if (bytes(12) <= kShared) return launch(RowConfig<12, 16, 1>{});
-    if (bytes(8) <= kShared) return launch(RowConfig<8, 16, 1>{});
-    if (bytes(4) <= kShared) return launch(RowConfig<4, 16, 1>{});
-    if (bytes(1) <= kShared) return launch(RowConfig<1, 16, 1>{});
+    if (bytes(16) <= shared_of_two) return launch(RowConfig<16, 8, 2>{});
+    if (bytes(16) <= shared) return launch(RowConfig<16, 16, 1>{});
+    if (bytes(12) <= shared) return launch(RowConfig<12, 16, 1>{});
+    if (bytes(8) <= shared) return launch(RowConfig<8, 16, 1>{});
+    if (bytes(4) <= shared) return launch(RowConfig<4, 16, 1>{});
+    if (bytes(1) <= shared) return launch(RowConfig<1, 16, 1>{});
     throw std::invalid_argument("a row of " + std::to_string(p.blocks.count) +
                                 " blocks does not fit into shared memory: the triton backend takes it");
 }
 
-}  // namespace nabla::sm90
+}  // namespace nabla::cuda

@@ -6,9 +6,9 @@
 // against each other. Masses are integers, 2^-30 of the row's or less, so that sums of them are exact
 // in any order and equal scores have equal masses.
 #include "cuda/kernels.h"
-#include "cuda/sm90/scores.cuh"
+#include "cuda/scores.cuh"
 
-namespace nabla::sm90 {
+namespace nabla::cuda {
 namespace {
 
 constexpr uint32_t kFewCandidates = 32;  // a lane each
@@ -258,10 +258,10 @@ transpose_kernel(const NABLA_GRID_CONSTANT TransposeParams p) {
 }  // namespace
 
 void transpose(const TransposeParams& p) {
-    const uint32_t words = cuda::ceil_div(p.blocks.count, 32);
-    const uint32_t warps = p.batch * p.heads * words * cuda::ceil_div(p.q_blocks, 32);
+    const uint32_t words = ceil_div(p.blocks.count, 32);
+    const uint32_t warps = p.batch * p.heads * words * ceil_div(p.q_blocks, 32);
     ptx::launch(transpose_kernel,
-                {"transpose", cuda::ceil_div<uint32_t>(warps, kTransposeWarps),
+                {"transpose", ceil_div<uint32_t>(warps, kTransposeWarps),
                  32 * kTransposeWarps, 0, p.stream},
                 p);
 }
@@ -274,4 +274,4 @@ void block_mask(const BlockMaskParams& p) {
     });
 }
 
-}  // namespace nabla::sm90
+}  // namespace nabla::cuda
