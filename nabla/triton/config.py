@@ -97,6 +97,7 @@ TABLE |= {
     ("sm90", "dq", 2, 256): TileConfig(32, 32, 4, 2, 2),
     ("sm90", "dkdv", 2, 256): TileConfig(32, 32, 8, 2, 1),
     ("sm100", "forward", 2, 128): TileConfig(64, 32, 4, 2, 2),
+    ("sm100", "dq", 2, 128): TileConfig(64, 64, 8, 2, 1),
     ("sm100", "dq", 2, 256): TileConfig(32, 32, 4, 2, 2),
     ("sm100", "dkdv", 2, 64): TileConfig(64, 32, 4, 2, 2),
     ("sm100", "dkdv", 2, 128): TileConfig(64, 32, 8, 2, 1),
