@@ -6,7 +6,10 @@ import torch
 
 
 def launch(kernel, num_programs: int, *args, num_warps: int, num_stages: int = 1, **constants):
-    """Run a kernel on a one-dimensional grid, on the device of its first tensor."""
+    """Run a kernel on a grid of one dimension, on the device of its first tensor.
+
+    The first dimension takes 2^31 - 1 programs where the others take 65,535.
+    """
     with torch.cuda.device_of(args[0]):
         kernel[(num_programs,)](
             *args,
