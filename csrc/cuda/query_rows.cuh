@@ -43,16 +43,6 @@ struct QueryRows {
 
     NABLA_DEVICE int32_t kv_head() const { return head / (p.heads / p.kv_heads); }
 
-    // The head of q or out, and that of k or v.
-    template <class T>
-    NABLA_DEVICE T* head_of(const View& x) const {
-        return static_cast<T*>(x.data) + batch * x.stride_b + head * x.stride_h;
-    }
-    template <class T>
-    NABLA_DEVICE const T* kv_head_of(const View& x) const {
-        return static_cast<const T*>(x.data) + batch * x.stride_b + kv_head() * x.stride_h;
-    }
-
     // out and lse of rows first .. first + 15 of a member, as far as it has them; 0 and -inf of one
     // that has kept nothing. A warp calls it; `out` are unscaled sums in accumulators.
     template <class T, int kCount>
@@ -67,7 +57,7 @@ struct QueryRows {
             if (in_block >= run.size) continue;
             const int64_t index = run.first + in_block;
             const float sum = softmax.sum(r), factor = sum == 0 ? 0 : ptx::reciprocal(sum);
-            store_row(head_of<T>(p.out) + index * p.out.stride_s, out, r, factor);
+            store_row(elements<T>(p.out, batch, head, index), out, r, factor);
             if (thread_column() == 0) ptx::store_global(lse + index, softmax.lse(r));
         }
     }

@@ -53,8 +53,8 @@ class Warp {
           ring_(queries_ + kMembers * kTileBytes),
           list_(ring_ + kSlots * kTileBytes),
           first_row_(16 * static_cast<int>(ptx::warp_index())),
-          copy_keys_(Rows(p).template kv_head_of<T>(p.k), p.k.stride_s),
-          copy_values_(Rows(p).template kv_head_of<T>(p.v), p.v.stride_s),
+          copy_keys_(elements<T>(p.k, Rows(p).batch, Rows(p).kv_head(), 0), p.k.stride_s),
+          copy_values_(elements<T>(p.v, Rows(p).batch, Rows(p).kv_head(), 0), p.v.stride_s),
           softmax_{Softmax(fabsf(p.scale) * kLog2E), Softmax(fabsf(p.scale) * kLog2E)} {}
 
     NABLA_DEVICE void run() {
@@ -87,7 +87,7 @@ class Warp {
     // Copies that belong to the group of the first keys.
     NABLA_DEVICE void copy_queries() const {
         const Rows rows(p_);
-        const Copy copy(rows.template head_of<T>(p_.q), p_.q.stride_s);
+        const Copy copy(elements<T>(p_.q, rows.batch, rows.head, 0), p_.q.stride_s);
         NABLA_UNROLL
         for (int member = 0; member < kMembers; ++member) {
             const BlockRun run = rows.run(member);

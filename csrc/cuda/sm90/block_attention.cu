@@ -8,15 +8,14 @@
 //   beside them                     softmax(n)  |         softmax(n+1) | ...
 //
 // and the three consumers fill each other's gaps; they take no turns, because their rows differ.
-#include "cuda/block_groups.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
+#include "cuda/query_rows.cuh"
 #include "cuda/sm90/rings.cuh"
 #include "cuda/sm90/tiles.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tensor_map.h"
-#include "cuda/union_walk.cuh"
 
 namespace nabla::sm90 {
 namespace {
@@ -49,43 +48,17 @@ struct ForwardParams {
     cuda::BoxedTensor k, v;
 };
 
-// The query blocks of a CTA. Heads are outermost, so that CTAs that run together share keys in L2.
-struct Group {
-    BlockGroups<kConsumers> groups;
-    int32_t batch, head, group;
-
-    NABLA_DEVICE explicit Group(const AttentionParams& p)
-        : groups{p.q_blocks, p.blocks.nh * p.blocks.nw} {
-        const int32_t count = groups.count(), cta = static_cast<int32_t>(ptx::cta_index());
-        group = cta % count;
-        head = cta / count % p.heads;
-        batch = cta / count / p.heads;
-    }
-
-    NABLA_DEVICE int32_t block(int member) const { return groups.block(group, member); }
-};
+using Group = QueryRows<kConsumers>;
 
 // ---- the producer's warpgroup ----
-
-NABLA_DEVICE UnionWalk<kConsumers> union_walk(const AttentionParams& p, const Group& group) {
-    const uint32_t* rows[kConsumers];
-    const int32_t words = (p.blocks.count + 31) / 32;
-    const uint32_t* head = p.bits + group.batch * p.bits_stride_b + group.head * p.bits_stride_h;
-    NABLA_UNROLL
-    for (int r = 0; r < kConsumers; ++r) {
-        const int32_t block = group.block(r);
-        rows[r] = block < 0 ? nullptr : head + static_cast<int64_t>(block) * words;
-    }
-    return {p.blocks, rows};
-}
 
 // Fills the rings with the blocks of the walk, and tells where it ends.
 template <class Config>
 NABLA_DEVICE void produce(const ForwardParams& params, const typename Config::Rings& rings) {
     const AttentionParams& p = params.attention;
     const Group group(p);
-    const int kv_head = group.head / (p.heads / p.kv_heads);
-    auto walk = union_walk(p, group);
+    const int kv_head = group.kv_head();
+    auto walk = group.walk();
     const bool leads = ptx::elect_one();
 
     Position at;
@@ -112,7 +85,7 @@ NABLA_DEVICE void produce(const ForwardParams& params, const typename Config::Ri
 // of the next block.
 template <class Config>
 NABLA_DEVICE void zero_tails(const AttentionParams& p, const typename Config::Rings& rings) {
-    auto walk = union_walk(p, Group(p));
+    auto walk = Group(p).walk();
     const bool leads = ptx::elect_one();
 
     uint32_t parities = 0;  // bit s: of the phase in which slot s gets its next short block
@@ -149,10 +122,10 @@ class Consumer {
 
     NABLA_DEVICE void run() {
         const Group group(p_);
-        const BlockRun rows = query_rows(group.block(index_));
+        const BlockRun rows = group.run(index_);
         load_queries(group, rows);
         while (find(Position::nowhere())) attend_run();
-        store(group, rows);
+        group.template store<T>(rows, static_cast<int>(ptx::warp_index() % 4 * 16), out_, softmax_);
     }
 
   private:
@@ -265,11 +238,6 @@ class Consumer {
 
     // ---- global memory ----
 
-    // Where the rows of a query block lie in q; none for block -1.
-    NABLA_DEVICE BlockRun query_rows(int32_t block) const {
-        return block < 0 ? BlockRun{0, 0} : query_blocks(p_).run(block);
-    }
-
     // q into registers, and what these do not hold into shared memory; zeros behind the end of a
     // short block. Softmax takes the scale without its sign, which therefore goes into q.
     NABLA_DEVICE void load_queries(const Group& group, const BlockRun& rows) {
@@ -294,21 +262,6 @@ class Consumer {
         if (Config::kQueryBytes == 0) return;
         ptx::fence_proxy_async();                   // wgmma sees q,
         ptx::barrier_sync(1 + index_, kWarpgroup);  // that of all warps
-    }
-
-    // out and lse of the rows there are; 0 and -inf of one that has kept nothing.
-    NABLA_DEVICE void store(const Group& group, const BlockRun& rows) {
-        softmax_.gather_sums();
-        const int64_t head = static_cast<int64_t>(group.batch) * p_.heads + group.head;
-        float* lse = p_.lse + head * query_blocks(p_).tokens();
-        NABLA_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            if (thread_row(r) >= rows.size) continue;
-            const int64_t row = rows.first + thread_row(r);
-            const float sum = softmax_.sum(r), factor = sum == 0 ? 0 : ptx::reciprocal(sum);
-            store_row(elements<T>(p_.out, group.batch, group.head, row), out_, r, factor);
-            if (thread_column() == 0) ptx::store_global(lse + row, softmax_.lse(r));
-        }
     }
 
     const AttentionParams& p_;
