@@ -158,6 +158,28 @@ def _forward_sm80(head_dim: int, ctas: int) -> Attention:
     )
 
 
+def _backward_sm80(head_dim: int, ctas: int) -> Iterator[Attention]:
+    """One pass for all, and the two of the deterministic mode."""
+    passes = (
+        ("", "keys", "Lb1E", 5, 1),
+        (" of dk, dv", "keys", "Lb0E", 4, 0),
+        (" of dq", "queries", "", 3, 0),
+    )
+    for name, kernel, argument, products, tiles_added in passes:
+        yield Attention(
+            label=f"sm_80 backward{name} D={head_dim}",
+            pattern=f"attention_backward_{kernel}_kernel.*8BFloat16ELi{head_dim}E{argument}",
+            architecture="sm_80",
+            head_dim=head_dim,
+            warps=1,
+            sharing=1,
+            stages=3,
+            ctas=ctas,
+            products=products,
+            tiles_added=tiles_added,
+        )
+
+
 KERNELS = (
     _forward_sm90(128, warps=3, stages=6),
     _forward_sm90(64, warps=3, stages=12),
@@ -165,6 +187,8 @@ KERNELS = (
     *_backward_sm90(64, stages=8),
     _forward_sm80(128, ctas=2),
     _forward_sm80(64, ctas=2),
+    *_backward_sm80(128, ctas=2),
+    *_backward_sm80(64, ctas=3),
 )
 
 

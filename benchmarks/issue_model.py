@@ -397,9 +397,10 @@ def bound(loop: Loop, attention: Attention, union: float = 1.0) -> Bound:
     Args:
         loop: Of the kernel as it was compiled.
         attention: What it computes.
-        union: Blocks that a CTA loads, per block that one of its rows keeps.
+        union: Blocks that a CTA loads, per block that one of its rows keeps: 1 if it has but one.
     """
     chip = Chip(attention.architecture)
+    union = union if attention.sharing > 1 else 1.0
     ways = _ways(loop, attention, union)
     copied = attention.filled_bytes(union) + attention.added_bytes
 

@@ -16,7 +16,7 @@ NVCC = Path(__file__).parent.parent / "csrc/cuda/checked_nvcc.py"
 REGISTERS = 65536  # of a multiprocessor
 TENSOR_CORES = {"sm_90a": "HGMMA"}  # elsewhere HMMA
 COPIES = {"sm_90a": ("UTMALDG", "UBLKCP")}  # elsewhere LDGSTS, which is cp.async
-ADDS = {"sm_90a": "UBLKRED"}  # of bulk copies
+ADDS = {"sm_90a": "UBLKRED"}  # of bulk copies; elsewhere RED, of registers
 AT_LEAST = {  # TFLOP/s, of a union of 1.1
     "sm_90a forward D=128": 600,
     "sm_90a forward D=64": 480,
@@ -28,6 +28,12 @@ AT_LEAST = {  # TFLOP/s, of a union of 1.1
     "sm_90a backward of dq D=64": 480,
     "sm_80 forward D=128": 200,
     "sm_80 forward D=64": 150,
+    "sm_80 backward D=128": 190,
+    "sm_80 backward of dk, dv D=128": 185,
+    "sm_80 backward of dq D=128": 190,
+    "sm_80 backward D=64": 165,
+    "sm_80 backward of dk, dv D=64": 175,
+    "sm_80 backward of dq D=64": 185,
 }
 
 
@@ -126,13 +132,14 @@ def test_a_multiprocessor_holds_the_ctas_that_the_model_has(attention):
 
 
 @of_architecture("sm_80")
-def test_operands_are_read_by_matrices(loop):
-    """As many products as there are need at least a matrix of keys or values for four of them."""
-    assert loop.count("LDSM") <= loop.count("HMMA") / 3
+def test_operands_are_read_by_matrices(attention, loop):
+    """Four matrices serve two products of 16 rows; the forward has 32 rows in a warp."""
+    most = 0.6 if "backward" in attention.label else 1 / 3
+    assert loop.count("LDSM") <= most * loop.count("HMMA")
 
 
 def test_attention_multiplies_on_tensor_cores_and_copies_asynchronously(kernels):
-    pattern = r"attention_(forward|backward)_kernel<"
+    pattern = r"attention_(forward|backward)\w*_kernel<"
     attention = {n: k for n, k in kernels.items() if re.search(pattern, n)}
     assert attention
     for name, kernel in attention.items():
@@ -140,13 +147,13 @@ def test_attention_multiplies_on_tensor_cores_and_copies_asynchronously(kernels)
         assert kernel.find(*COPIES.get(kernel.architecture, ("LDGSTS",))), name
 
 
-def test_one_pass_of_the_backward_adds_to_dq_by_bulk_copies(kernels):
+def test_one_pass_of_the_backward_adds_to_dq(kernels):
     """The passes of the deterministic mode add nothing in global memory."""
-    backward = {n: k for n, k in kernels.items() if "attention_backward_kernel" in n}
+    backward = {n: k for n, k in kernels.items() if "attention_backward" in n}
     for name, kernel in backward.items():
-        adds = kernel.find("RED", "ATOMG", *ADDS.values())
-        names = {i.name for i in adds}
-        assert names == ({ADDS[kernel.architecture]} if "PassE1" in name else set()), name
+        adds = {i.name for i in kernel.find("RED", "ATOMG", *ADDS.values())}
+        is_one_pass = re.search(r"PassE1>|keys_kernel<\w+, \d+, 1>", name)
+        assert adds == ({ADDS.get(kernel.architecture, "RED")} if is_one_pass else set()), name
 
 
 def test_selection_multiplies_exactly(kernels):

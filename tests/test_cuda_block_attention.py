@@ -65,7 +65,6 @@ def test_attention(name, head_dim, dtype):
     assert_exact(q, k, v, keep, grid)
 
 
-@pytest.mark.parametrize("architecture", [90], indirect=True)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_it_differentiates(head_dim):
     grid = TokenGrid(3, 8, 12)
@@ -229,7 +228,6 @@ def test_groups_take_every_block_once(size, frame_blocks):
             assert [b - a for a, b in itertools.pairwise(group)] == [frame_blocks] * (size - 1)
 
 
-@pytest.mark.parametrize("architecture", [90], indirect=True)
 def test_compiled():
     grid = TokenGrid(2, 8, 12)
     q, k, v, dout, keep = problem(grid, (2, 1), 64, torch.bfloat16)

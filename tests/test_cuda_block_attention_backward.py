@@ -8,10 +8,10 @@ import pytest
 import torch
 from oracle import assert_as_accurate_as, attention, block_runs, token_mask
 from test_block_attention import LAYOUTS, check, gradients, problem
-from test_cuda_block_attention import BACKEND, HALF, HEAD_DIMS, SCHEDULES
+from test_cuda_block_attention import ARCHITECTURES, BACKEND, HALF, HEAD_DIMS, SCHEDULES
 
 import nabla
-from nabla import BlockMask, TokenGrid
+from nabla import BlockMask, TokenGrid, cuda
 from nabla import _cuda_emulated as emulated
 
 # name: grid, heads of q and k, batch
@@ -24,10 +24,10 @@ PROBLEMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _schedule():
-    yield
-    emulated.configure()
+@pytest.fixture(autouse=True, params=ARCHITECTURES.values(), ids=ARCHITECTURES)
+def architecture(request):
+    with cuda.emulation(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=["fast", "deterministic"])
@@ -96,6 +96,21 @@ def test_columns_that_drift_apart(schedule, mode):
         keep[:, head, [0, 1, gap - 1, gap], 2] = True
     emulated.configure(schedule, 3)
     check(q, k, v, dout, keep | keep.mT, grid, BACKEND)
+
+
+def test_long_rows_and_columns(mode):
+    """Of more blocks than sm_80 lists at a time, in each of two heads that read the keys."""
+    grid = TokenGrid(100, 1, 1)  # a token a block
+    q, k, v, dout, keep = problem(grid, (2, 1), 64, torch.bfloat16, share=0.02)
+    keep[..., 3] = keep[..., 98, :] = True
+    check(q, k, v, dout, keep, grid, BACKEND)
+
+
+@pytest.mark.parametrize("architecture", [86, 89], indirect=True)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_less_shared_memory(head_dim, mode):
+    grid = TokenGrid(2, 8, 9)
+    check(*problem(grid, (1, 1), head_dim, torch.bfloat16), grid, BACKEND)
 
 
 @pytest.mark.parametrize("first, last", [(0, 1), (1, 8), (3, 9), (8, 9)], ids=str)

@@ -95,7 +95,9 @@ def ampere_case() -> Case:
     return Case("attention on sm_80", run, architecture=80)
 
 
-def gradient_case(head_dim: int, dtype: torch.dtype, frames: int, *, is_fast: bool) -> Case:
+def gradient_case(
+    head_dim: int, dtype: torch.dtype, frames: int, *, is_fast: bool, architecture: int = 90
+) -> Case:
     """Rows and columns longer than the ring, of several heads; short blocks, gaps, and nothing."""
     grid = nabla.TokenGrid(frames=frames, height=8, width=20)
     q, k, v, dout = torch.randn(4, 1, 2, grid.num_tokens, head_dim).to(dtype).unbind()
@@ -112,7 +114,8 @@ def gradient_case(head_dim: int, dtype: torch.dtype, frames: int, *, is_fast: bo
         torch.use_deterministic_algorithms(not is_fast)
         return block_attention.attention_bwd(dout, None, q, k, v, out, lse, *attention)
 
-    return Case(f"{'fast' if is_fast else 'deterministic'} gradients of D = {head_dim}", run)
+    mode = "fast" if is_fast else "deterministic"
+    return Case(f"{mode} gradients of D = {head_dim} on sm_{architecture}", run, architecture)
 
 
 def outcome(case: Case, schedule: str, seed: int, ignored: str = "") -> tuple[Tensor, ...] | None:
@@ -178,6 +181,8 @@ def cases() -> list[Case]:
     gradient_cases = [
         gradient_case(64, torch.float16, frames=2, is_fast=True),
         gradient_case(128, torch.bfloat16, frames=2, is_fast=False),
+        gradient_case(64, torch.float16, frames=2, is_fast=True, architecture=80),
+        gradient_case(128, torch.bfloat16, frames=2, is_fast=False, architecture=80),
     ]
     mask_cases = [mask_case(), scores_case(), transposed_case()]
     return [*mask_cases, *attention_cases, ampere_case(), *gradient_cases]

@@ -3,10 +3,9 @@
 //   prepare   delta = rowsum(dout * out) - dlse and lse * log2(e), of whole blocks; sums of dq = 0
 //   finish    dq = scale * sums
 //
-// The sums of a block [64, D] lie in the order in which 128 threads hold them as accumulators of
-// mma and wgmma: float4 128 i + t has values 4 i to 4 i + 3 of thread t, which belong to columns
-// c, c + 1, c, c + 1 of rows r, r, r + 8, r + 8, where c = 8 i + 2 (t % 4) and
-// r = 16 (t / 32) + t % 32 / 4. So threads store 16 bytes beside each other.
+// The sums of a block [64, D] lie as 128 threads hold them in accumulators of mma and wgmma: values
+// 4 i to 4 i + 3 of thread t belong to columns c, c + 1, c, c + 1 of rows r, r, r + 8, r + 8, where
+// c = 8 i + 2 (t % 4) and r = 16 (t / 32) + t % 32 / 4. SumOrder tells which of them lie together.
 #pragma once
 
 #include <cmath>
@@ -19,8 +18,19 @@
 namespace nabla::cuda {
 namespace {  // an architecture has its own kernels
 
+enum class SumOrder {
+    kByThread,  // float4 128 i + t: the 4 values of a thread, for copies of 16 bytes
+    kByValue,   // float 128 (4 i + n) + t: a value of 128 threads, for adds of one a thread
+};
+
 constexpr int kBlockTokens = 64;
 constexpr int kThreadsOfBlock = 128;
+
+// The weight of a score; lse is in units of log2. It is at most 1, though a score may be rounded to
+// more than lse, and NaN for NaN.
+NABLA_DEVICE float weight(float score, float scale_log2, float lse) {
+    return ptx::exp2(ptx::minimum(score * scale_log2 - lse, 0.0f));
+}
 
 // A CTA has one query block.
 struct QueryBlock {
@@ -89,7 +99,7 @@ attention_prepare_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
 }
 
 // A thread takes 8 channels of two rows, which four threads summed.
-template <class T, int kD>
+template <class T, int kD, SumOrder kOrder>
 NABLA_KERNEL(kThreadsOfBlock, 6)
 attention_finish_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
     const QueryBlock block(p.forward);
@@ -100,12 +110,21 @@ attention_finish_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
     for (int first = 0; first < kBlockTokens / 2 * kD / 8; first += kThreadsOfBlock) {
         const int unit = first + static_cast<int>(ptx::thread_index());
         const int i = unit % (kD / 8), quad = unit / (kD / 8);
+        constexpr bool kByThread = kOrder == SumOrder::kByThread;
+        ptx::F32x4 x[4];  // of four threads, or of each of four values
+        NABLA_UNROLL
+        for (int n = 0; n < 4; ++n)
+            x[n] = ptx::load_global_nc(sums + (kByThread
+                                                   ? i * kThreadsOfBlock + 4 * quad + n
+                                                   : (4 * i + n) * (kThreadsOfBlock / 4) + quad));
         ptx::U32x4 packed[2];
         NABLA_UNROLL
         for (int lane = 0; lane < 4; ++lane) {
-            const ptx::F32x4 x = ptx::load_global_nc(sums + i * kThreadsOfBlock + 4 * quad + lane);
-            packed[0].v[lane] = ptx::pack<T>(scale * x.v[0], scale * x.v[1]);
-            packed[1].v[lane] = ptx::pack<T>(scale * x.v[2], scale * x.v[3]);
+            const auto value = [&](int n) {
+                return scale * (kByThread ? x[lane].v[n] : x[n].v[lane]);
+            };
+            packed[0].v[lane] = ptx::pack<T>(value(0), value(1));
+            packed[1].v[lane] = ptx::pack<T>(value(2), value(3));
         }
         NABLA_UNROLL
         for (int r = 0; r < 2; ++r) {
@@ -129,9 +148,9 @@ void launch_prepare(const AttentionBackwardParams& p) {
     launch_on_query_blocks(attention_prepare_kernel<T, kD>, "attention_prepare", p);
 }
 
-template <class T, int kD>
+template <class T, int kD, SumOrder kOrder>
 void launch_finish(const AttentionBackwardParams& p) {
-    launch_on_query_blocks(attention_finish_kernel<T, kD>, "attention_finish", p);
+    launch_on_query_blocks(attention_finish_kernel<T, kD, kOrder>, "attention_finish", p);
 }
 
 }  // namespace

@@ -14,9 +14,9 @@ constexpr Kernels kernels(int architecture, const char* name,
 }  // namespace
 
 const Kernels kKernels[] = {
-    kernels(80, "sm_80", sm80::attention_forward, nullptr),
-    kernels(86, "sm_86", sm80::attention_forward, nullptr),
-    kernels(89, "sm_89", sm80::attention_forward, nullptr),
+    kernels(80, "sm_80", sm80::attention_forward, sm80::attention_backward),
+    kernels(86, "sm_86", sm80::attention_forward, sm80::attention_backward),
+    kernels(89, "sm_89", sm80::attention_forward, sm80::attention_backward),
     kernels(90, "sm_90a", sm90::attention_forward, sm90::attention_backward),
 };
 const int kKernelsCount = sizeof kKernels / sizeof *kKernels;

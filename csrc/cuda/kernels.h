@@ -6,6 +6,7 @@
 
 namespace nabla::sm80 {
 void attention_forward(const AttentionParams&);
+void attention_backward(const AttentionBackwardParams&);
 }  // namespace nabla::sm80
 
 namespace nabla::sm90 {

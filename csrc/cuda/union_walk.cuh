@@ -56,7 +56,8 @@ class UnionWalk {
             kept.members |= (word_[r] >> ptx::lane_index() & 1) << r;
         return true;
     }
-    NABLA_DEVICE int32_t word() const { return at_; }
+    // With which word it goes on; behind the last, that is their number.
+    NABLA_DEVICE int32_t continues_at() const { return at_ + 1 < words_ ? at_ + 1 : words_; }
 
   private:
     NABLA_DEVICE bool next_word() {

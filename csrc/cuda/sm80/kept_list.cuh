@@ -27,15 +27,15 @@ class KeptList {
         return ptx::load_shared<Listed>(address_ + i * sizeof(Listed));
     }
 
-    // The word of the rows with which the walk goes on.
+    // With which word the walk goes on, where the words of rows are counted from the first row on.
     NABLA_DEVICE int32_t next_word() const {
         return ptx::load_shared<int32_t>(address_ + kCapacity * sizeof(Listed));
     }
 
     // Lists the blocks that follow in the walk, as many as there is room for, and an entry of no
-    // tokens and no members behind them. A warp calls it.
+    // tokens and no members behind them; `words` are those of rows before. A warp calls it.
     template <int kRows>
-    NABLA_DEVICE void fill(UnionWalk<kRows>& walk) const {
+    NABLA_DEVICE void fill(UnionWalk<kRows>& walk, int32_t words = 0) const {
         const uint32_t lane = ptx::lane_index();
         int count = 0;
         for (KeptBlock kept; count + 32 < kCapacity && walk.next_word(kept);) {
@@ -45,7 +45,7 @@ class KeptList {
         }
         if (lane != 0) return;
         store(count, {0, {0, 0}, 0});
-        ptx::store_shared(address_ + kCapacity * sizeof(Listed), walk.word() + 1);
+        ptx::store_shared(address_ + kCapacity * sizeof(Listed), words + walk.continues_at());
     }
 
   private:

@@ -290,7 +290,7 @@ class Consumer {
     NABLA_DEVICE void weigh(float (&weights)[kScores]) {
         ptx::keep_in_place(weights);
         for_each_value(0, [&](int i, float lse) {
-            weights[i] = ptx::exp2(ptx::minimum(weights[i] * scale_log2_ - lse, 0.0f));
+            weights[i] = cuda::weight(weights[i], scale_log2_, lse);
         });
         if constexpr (kByKey) {
             if (size_ == kBlock) return;
@@ -479,7 +479,7 @@ void attention_backward(const AttentionBackwardParams& p) {
         cuda::launch_prepare<T, kD>(p);
         if (p.dq_sums) {
             launch_backward<Config<T, kD, Pass::kKeysAndQueries>>(p);
-            cuda::launch_finish<T, kD>(p);
+            cuda::launch_finish<T, kD, cuda::SumOrder::kByThread>(p);
         } else {
             launch_backward<Config<T, kD, Pass::kKeys>>(p);
             launch_backward<Config<T, kD, Pass::kQueries>>(p);
