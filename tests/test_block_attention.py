@@ -39,7 +39,7 @@ def gradients(function, q, k, v, dout, dlse=None):
     return out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v))
 
 
-def check(q, k, v, dout, keep, grid, backend, q_block_offset=0, dlse=None, run=None):
+def check(q, k, v, dout, keep, grid, backend, q_block_offset=0, dlse=None, run=None, fused=False):
     """out, lse and all gradients by the tolerance policy; scale is 0.2."""
     mask = BlockMask.from_dense(keep, grid=grid, q_block_offset=q_block_offset)
     dense = token_mask(keep, grid, q_block_offset)
@@ -54,7 +54,8 @@ def check(q, k, v, dout, keep, grid, backend, q_block_offset=0, dlse=None, run=N
 
     def sdpa(q, k, v):
         # On CUDA, fused kernels differ in what they give for rows of nothing, some give NaN.
-        with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
+        kind = SDPBackend.EFFICIENT_ATTENTION if fused else SDPBackend.MATH
+        with sdpa_kernel(kind) if q.is_cuda else nullcontext():
             out = F.scaled_dot_product_attention(q, k, v, dense, scale=0.2, enable_gqa=True)
         return out, oracle(q, k, v)[1]
 
@@ -235,6 +236,36 @@ def test_poison_reaches_who_attends_to_it_and_no_one_else(backend, poison, which
                 assert torch.equal(x[:, 0, tokens], y[:, 0, tokens])
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
+def test_poison_at_the_end_of_a_short_block(backend, poison, which):
+    """One channel of its last token reaches what it reaches in the reference, and no more."""
+    grid = TokenGrid(1, 5, 9, block=(1, 4, 4), extra=3)
+    q, k, v, dout, keep = problem(grid, (2, 1))
+    _, stop = block_runs(grid)[2]
+    tensors = {"q": q, "k": k, "v": v, "dout": dout}
+    tensors[which][:, :, stop - 1, 3] = poison
+    mask = BlockMask.from_dense(keep, grid=grid)
+    results = [
+        gradients(
+            lambda q, k, v, name=name: nabla.block_sparse_attention(
+                q, k, v, mask, return_lse=True, backend=name
+            ),
+            q,
+            k,
+            v,
+            dout,
+        )
+        for name in (backend, "reference")
+    ]
+    for ours, right in zip(*results, strict=True):
+        assert torch.equal(ours.isfinite(), right.isfinite())
+        torch.testing.assert_close(
+            *(x.where(right.isfinite(), 0) for x in (ours, right)), atol=2e-5, rtol=2e-5
+        )
+    assert not all(right.isfinite().all() for right in results[1])
+
+
 def test_a_nan_query_stays_in_its_row(backend):
     grid = TokenGrid(2, 8, 16)
     q, k, v, _, keep = problem(grid)
@@ -259,6 +290,19 @@ def test_large_scores_do_not_overflow(backend):
     grid = TokenGrid(2, 16, 16)
     q, k, v, dout, keep = problem(grid, (4, 4), batch=2)
     check(q * 30, k * 30, v, dout, keep, grid, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("magnitude", [3, 10])
+def test_gradients_of_peaked_rows(backend, dtype, magnitude):
+    """Where a row is almost all on one key, dq and dk are differences of nearly equal numbers.
+
+    Delta = rowsum(dout * out) has the rounding of out, here as in the fused kernels of SDPA: these
+    are the reference, not the one in plain PyTorch, which computes all of it in float32.
+    """
+    grid = TokenGrid(1, 16, 16)
+    q, k, v, dout, keep = problem(grid, (2, 2), 64, dtype)
+    check(q * magnitude, k * magnitude, v, dout, keep, grid, backend, fused=True)
 
 
 @pytest.mark.parametrize("magnitude", [1e3, 1e5])

@@ -26,7 +26,9 @@ SHARED = (
     test_block_attention.test_a_mask_that_keeps_nothing,
     test_block_attention.test_a_nan_query_stays_in_its_row,
     test_block_attention.test_garbage_bits_are_ignored,
+    test_block_attention.test_gradients_of_peaked_rows,
     test_block_attention.test_huge_scores_stay_finite,
+    test_block_attention.test_poison_at_the_end_of_a_short_block,
     test_block_attention.test_scales_that_are_not_positive,
     test_block_mask.test_equal_tokens_tie_on_ragged_grids,
     test_block_mask.test_negative_scores_have_no_mass,
@@ -139,28 +141,35 @@ def test_large_scores(backend):
     test_block_attention.check(q * 30, k * 30, v, dout, keep, grid, backend)
 
 
-def test_what_attends_to_nothing_is_zero_whatever_is_beside_it(backend):
-    """Empty rows of queries that are NaN, and keys that are NaN and in no row."""
+def test_what_attends_to_nothing_is_zero_and_reaches_nothing(backend):
+    """Queries and gradients that are NaN in empty rows, and keys that are and in no row.
+
+    They are past the end of short blocks, whose tiles would reach into them.
+    """
     grid = TokenGrid(1, 5, 9, block=(1, 4, 4), extra=3)
     q, k, v, dout, keep = problem(grid, (2, 1), 16)
-    keep[..., 1, :] = False
-    keep[..., 2] = False
-    rows, columns = (slice(*block_runs(grid)[block]) for block in (1, 2))
-    q[:, :, rows] = torch.nan
-    k[:, :, columns] = v[:, :, columns] = torch.nan
+    keep[..., 3, :] = False
+    keep[..., 4] = False
+    rows, columns = (slice(*block_runs(grid)[block]) for block in (3, 4))
     mask = BlockMask.from_dense(keep, grid=grid)
+    dlse = torch.randn(q.shape[:3])
 
     def ours(q, k, v):
         return nabla.block_sparse_attention(q, k, v, mask, return_lse=True, backend=backend)
 
-    out, lse, *gradients = test_block_attention.gradients(
-        ours, q, k, v, dout, torch.randn(q.shape[:3]).masked_fill(q[..., 0].isnan(), 0)
-    )
-    for x in (out, *gradients):
-        assert x.isfinite().all()
+    results = []
+    for value in (0.0, torch.nan):
+        for x in (q, dout, dlse):
+            x[:, :, rows] = value
+        for x in (k, v):
+            x[:, :, columns] = value
+        results.append(test_block_attention.gradients(ours, q, k, v, dout, dlse))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+    out, lse, dq, dk, dv = results[1]
     assert (lse[:, :, rows] == -torch.inf).all()
-    assert (out[:, :, rows] == 0).all() and (gradients[0][:, :, rows] == 0).all()
-    assert (gradients[1][:, :, columns] == 0).all() and (gradients[2][:, :, columns] == 0).all()
+    assert (out[:, :, rows] == 0).all() and (dq[:, :, rows] == 0).all()
+    assert (dk[:, :, columns] == 0).all() and (dv[:, :, columns] == 0).all()
 
 
 def test_gradients_through_lse(backend):
