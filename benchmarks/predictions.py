@@ -15,7 +15,6 @@ from typing import NamedTuple
 from benchmarks import bounds
 from benchmarks.issue_model import Attention, Bound, Chip, bound
 from benchmarks.results import OURS, Row, Run
-from benchmarks.sass import read_kernels
 from benchmarks.tables import Table
 
 NOTES = (
@@ -115,5 +114,4 @@ def _prediction(row: Row, attention: Attention, bandwidth: float) -> Prediction:
 
 @cache
 def _bound(attention: Attention, union: float) -> Bound:
-    (kernel,) = read_kernels(bounds.module_file(), attention.pattern)
-    return bound(kernel.main_loop(), attention, union)
+    return bound(bounds.compiled(attention).main_loop(), attention, union)

@@ -244,11 +244,16 @@ void compute_delta(const AttentionBackwardParams& p, const BackwardArrays<T>& a,
     const Element<T>* out = a.q_lanes;
     lanes_of(at<T>(f.out, tile.b, tile.h, tile.row), f.out.stride_s, n, dim, lanes, a.q_lanes);
     lanes_of(at<T>(p.dout, tile.b, tile.h, tile.row), p.dout.stride_s, n, dim, lanes, a.dout_lanes);
+    const int depth = dim / kPair<T>, part = part_of(depth);
     for (int lane = 0; lane < lanes; lane += kWidth) {
         Floats total{};
-        for (int k = lane; k < dim / kPair<T> * lanes; k += lanes)
-            total = Dot<T>::multiply_add(load_raw<Vector>(out + k),
-                                         load_raw<Vector>(a.dout_lanes + k), total);
+        for (int begin = 0; begin < depth; begin += part) {
+            Floats sum{};
+            for (int k = begin; k < depth && k < begin + part; ++k)
+                sum = Dot<T>::multiply_add(load_raw<Vector>(out + k * lanes + lane),
+                                           load_raw<Vector>(a.dout_lanes + k * lanes + lane), sum);
+            total += sum;
+        }
         store(a.delta + lane, total);
     }
     const int64_t stat = stat_of(f, tile);

@@ -2,7 +2,8 @@
 // multiplies a row of B, whose lanes lie along the vectors.
 //
 // The sum starts at 0 and meets C at the end. A C that gathers many products is then a sum of sums,
-// whose rounding error grows with the root of products + depth, not of products * depth.
+// whose rounding error grows with the root of products + depth, not of products * depth. A product
+// that is too deep is cut into parts for the same reason.
 //
 // A is row-major, or transposed ([k, r]); nothing has to be packed. The element of A and B is a
 // float, or a pair of bfloat16 along k where the machine has their dot product; C is always float.
@@ -114,15 +115,25 @@ static void multiply_panel(int rows, int depth, const typename Dot::Element* a, 
         rows - r, depth, a + r * row_step(lda), lda, b, ldb, c + r * ldc, ldc, scale);
 }
 
+// The depth of the parts of a product, of which the last may have less.
+inline int part_of(int depth) { return depth <= 128 ? depth : 64; }
+
 // `lanes` is a multiple of kLanes; `depth` counts elements, so pairs for BFloat16Dot.
 template <Layout kLayout, Update kUpdate, class Dot>
 static void multiply(Dot, int rows, int lanes, int depth, const typename Dot::Element* a,
                      int64_t lda, const typename Dot::Element* b, int64_t ldb, float* c,
                      int64_t ldc, const float* scale = nullptr, const Prefetch& prefetch = {}) {
+    const int part = part_of(depth);
     for_panels(lanes, [&](auto vectors, int lane) {
-        multiply_panel<decltype(vectors)::value, kLayout, kUpdate, Dot>(
-            rows, depth, a, lda, b + lane, ldb, c + lane, ldc,
+        constexpr int kVectors = decltype(vectors)::value;
+        multiply_panel<kVectors, kLayout, kUpdate, Dot>(
+            rows, part, a, lda, b + lane, ldb, c + lane, ldc,
             kUpdate == Update::kScaleAdd ? scale + lane : nullptr, lane ? Prefetch{} : prefetch);
+        for (int k = part; k < depth; k += part)
+            multiply_panel<kVectors, kLayout, Update::kAdd, Dot>(
+                rows, depth - k < part ? depth - k : part,
+                a + k * (kLayout == Layout::kRows ? 1 : lda), lda, b + k * ldb + lane, ldb,
+                c + lane, ldc, nullptr, {});
     });
 }
 
