@@ -81,7 +81,7 @@ def share(run: Run) -> bytes | None:
     for part in functional.PARTS:
         widths = [parts[part] for parts in bars.values()]
         drawn = axes.barh(list(bars), widths, left=left, label=part)
-        axes.bar_label(drawn, [f"{w:.0f}" for w in widths], label_type="center", fontsize=7)
+        axes.bar_label(drawn, [f"{w:.3g}" for w in widths], label_type="center", fontsize=7)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.margins(y=0.6)
     return _png(figure, axes)
@@ -107,7 +107,8 @@ def kept(run: Run) -> bytes | None:
     figure, axes = _figure("time over kept blocks, all heads", "kept blocks", "ms")
     for name, (start, slope, _, points) in curves.items():
         xs, ys = zip(*points, strict=True)
-        (drawn,) = axes.plot(xs, ys, "o", markersize=3, label=name)
+        marker = "^" if name.endswith("with backward") else "o"  # there are more lines than colours
+        (drawn,) = axes.plot(xs, ys, marker, markersize=3, label=name)
         axes.plot(xs, [start + slope * x for x in xs], color=drawn.get_color(), linewidth=1)
     _logarithmic(axes)
     return _png(figure, axes)
@@ -210,6 +211,7 @@ def _logarithmic(axes: Any) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(Plain())
         axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
+        axis.set_tick_params(which="minor", labelsize=6)
 
 
 def _png(figure: Any, axes: Any) -> bytes:
