@@ -28,9 +28,11 @@ from benchmarks.case import Case, Contest, MaskSpec, Shape, forward_bytes, with_
 from benchmarks.peers.peer import Peer
 from benchmarks.results import MASK_PART, OURS
 from nabla import BlockMask, TokenGrid
+from nabla.dispatch import architecture
 
 STAGE = "block_attention"
-SHARING = 3  # query blocks of a group, which load keys and values together on Hopper
+# Query blocks of a group, which load keys and values together; on Hopper, and elsewhere.
+HOPPER_SHARING, SHARING = 3, 2
 BACKWARD_WORK = 3.5  # FLOPs of forward and backward over those of the forward
 
 
@@ -120,7 +122,8 @@ class _Attention:
         asked = None if spec.kind == "captured" else spec.density
         about = {"mask": str(spec), "asked": asked, "density": density}
         is_gpu = self.shape.device.type == "cuda"
-        shared = {"union": masks.union(mask, SHARING)} if is_gpu else {}
+        sharing = HOPPER_SHARING if architecture(self.shape.device) == 90 else SHARING
+        shared = {"union": masks.union(mask, sharing)} if is_gpu else {}
         ours = self.case(OURS, _ours, mask, mask, **about, values=shared)
         cases = [ours]
         if is_gpu:

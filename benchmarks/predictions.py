@@ -57,12 +57,15 @@ def predictions(run: Run, architecture: str) -> list[Prediction]:
 
     Raises:
         FileNotFoundError: If the compiled kernels, or the tool that reads them, are not there.
+        ValueError: If there is no model of the architecture.
     """
     kernels = {
         attention.head_dim: attention
         for attention in bounds.KERNELS
         if attention.architecture == architecture and attention.products == 2
     }
+    if not kernels:
+        raise ValueError(f"there is no model of {architecture}")
     bandwidth = l2_bandwidth(run) or Chip(architecture)["l2"] * 1e12
     found = []
     for row in run.measured("block_attention", OURS):

@@ -69,8 +69,13 @@ def of_preset(
         mode = "offload"
     pipeline = Pipeline.load(weights, preset, device=place, mode=mode)
     calls = sum(job.num_steps * (1 + job.is_guided) for job in jobs)
-    with _bar(preset.model.num_visual_blocks * calls) as bar:
-        return pipeline.calibrate(requests, top_p=TOP_P, progress=lambda _: bar.update())
+    try:
+        with _bar(preset.model.num_visual_blocks * calls) as bar:
+            return pipeline.calibrate(requests, top_p=TOP_P, progress=lambda _: bar.update())
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{place} is out of memory; try --offload, or fewer --seconds: {error}"
+        ) from error
 
 
 def of_tiny(clips: Sequence[str], steps: int) -> Curves:

@@ -323,6 +323,8 @@ def calibrate(
     if curves is not None:
         measured = Curves.load(curves)
     elif preset == calibration.TINY:
+        if weights is not None:
+            raise ValueError(f"--weights {weights} belong to a preset: name it by --preset")
         measured = calibration.of_tiny(inputs or [], steps)
     else:
         requests = [

@@ -122,7 +122,7 @@ def _triton_unavailable() -> str | None:
     return None
 
 
-CUDA_ARCHITECTURES = (90,)  # that csrc/cuda has all kernels for
+CUDA_ARCHITECTURES = (80, 86, 89, 90)  # that csrc/cuda has kernels for
 
 
 def _cuda_unavailable() -> str | None:

@@ -80,11 +80,13 @@ def all_available(monkeypatch):
 
 def test_cuda_kernels_are_the_default_where_they_are_made_for(all_available):
     options = {"head_dim": 128, "dtype": torch.bfloat16, "block_size": 64, "device": "cuda"}
-    expectations = {80: "triton", 86: "triton", 90: "cuda", 100: "triton"}
+    expectations = {80: "cuda", 86: "cuda", 89: "cuda", 90: "cuda", 100: "triton"}
     for architecture, expected in expectations.items():
         assert dispatch.resolve("auto", **options, architecture=architecture) == expected
     assert dispatch.resolve("auto", **options | {"head_dim": 96}, architecture=90) == "triton"
-    with pytest.raises(ValueError, match="cuda: the device is sm_100, it takes sm_90"):
+    with pytest.raises(
+        ValueError, match="cuda: the device is sm_100, it takes sm_80, sm_86, sm_89, sm_90"
+    ):
         dispatch.resolve("cuda", **options, architecture=100)
     scores = {"head_dim": None, "dtype": torch.float32}
     assert dispatch.resolve("auto", **options | scores, architecture=90) == "cuda"
@@ -93,7 +95,7 @@ def test_cuda_kernels_are_the_default_where_they_are_made_for(all_available):
 def test_the_kernels_of_this_installation_are_for_these_architectures():
     assert cuda.unavailable_reason() is None
     assert cuda.architectures() == {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a"}
-    assert set(cuda.architectures()) >= set(dispatch.CUDA_ARCHITECTURES)
+    assert set(cuda.architectures()) == set(dispatch.CUDA_ARCHITECTURES)
 
 
 @pytest.mark.parametrize("choose", [cuda.emulation, cuda.kernels_of])

@@ -9,11 +9,11 @@ namespace nabla::sm80 {
 // An entry of the list; one without members is behind the last.
 struct alignas(8) Listed {
     int32_t first;   // token
-    uint32_t bits_;  // members of KeptBlock, from bit 3 on tokens, from bit 10 on the block
+    uint32_t bits;  // members of KeptBlock, from bit 3 on tokens, from bit 10 on the block
 
-    NABLA_DEVICE uint32_t members() const { return bits_ & 7; }
-    NABLA_DEVICE int size() const { return static_cast<int>(bits_ >> 3 & 0x7f); }
-    NABLA_DEVICE int32_t index() const { return static_cast<int32_t>(bits_ >> 10); }
+    NABLA_DEVICE uint32_t members() const { return bits & 7; }
+    NABLA_DEVICE int size() const { return static_cast<int>(bits >> 3 & 0x7f); }
+    NABLA_DEVICE int32_t index() const { return static_cast<int32_t>(bits >> 10); }
 };
 
 template <int kCapacity>

@@ -2,7 +2,7 @@
 //
 // A row has 2 D bytes, in chunks of 16 (8 channels). Chunk c of row r lies where chunk c ^ (r % 8)
 // would: so the 8 rows of a matrix that ldmatrix reads are in different banks, as are the 8 chunks
-// of a row that a copy writes. A tile begins at a multiple of 1024 bytes.
+// of a row that a copy writes. A tile begins at a multiple of 128 bytes.
 #pragma once
 
 #include "cuda/ptx.cuh"
