@@ -14,6 +14,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import nabla
@@ -202,6 +203,7 @@ def module_file() -> Path:
     return Path(spec.origin)
 
 
+@cache
 def compiled(attention: Attention) -> Kernel:
     """Read one of `KERNELS`."""
     kernels = read_kernels(module_file(), attention.pattern)

@@ -69,7 +69,6 @@ def main(out: Path) -> int:
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "environment": environment(),
         "gpu": gpu(),
     }
     record["steps"] = results = {}
@@ -85,6 +84,8 @@ def main(out: Path) -> int:
         for name, command in commands.items():
             seconds = seconds_of(name, end - time.monotonic())
             results[name] = run(name, command(out, seconds), seconds, log)
+            if name == "build":
+                record["environment"] = environment()  # with the modules that are there now
             write(out, record)
     record["predictions"] = predicted(out)
     write(out, record)

@@ -382,12 +382,16 @@ def _block_index(position: tuple[int, int, int], grid: TokenGrid) -> int:
 def _load(path: Path) -> tuple[Tensor, Tensor]:
     """q and k [B, H, S, D] of a safetensors file."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "--tensors needs safetensors: pip install 'nabla-attention[model]'"
         ) from error
-    found = load_file(path)
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
     if not {"q", "k"} <= found.keys():
         raise ValueError(f"{path} holds {', '.join(sorted(found))}, but q and k are wanted")
     q, k = (found[name] if found[name].dim() == 4 else found[name][None] for name in "qk")

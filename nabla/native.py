@@ -5,12 +5,21 @@ A launch turns them into what C++ takes: tensors into pointers, the grid into in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from nabla.grid import TokenGrid
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
+
+
+def with_tensors_as(convert: Callable[[Tensor], int], field):
+    """Return a field with its tensor converted, or those of its tuple."""
+    if isinstance(field, Tensor):
+        return convert(field)
+    return tuple(with_tensors_as(convert, x) for x in field) if isinstance(field, tuple) else field
 
 
 def view(x: Tensor) -> tuple[Tensor, int, int, int]:

@@ -277,6 +277,7 @@ int64_t mean_kept(const AttentionParams& f) {
 
 int divide_up(int n, int by) { return (n + by - 1) / by; }
 
+// Not of std: an inline function there, compiled for AVX-512, could be linked for all.
 int smaller(int a, int b) { return a < b ? a : b; }
 int larger(int a, int b) { return a < b ? b : a; }
 

@@ -15,6 +15,13 @@ NABLA_DEVICE constexpr int row_of(int i) { return i >> 1 & 1; }
 // The first column of a thread's accumulators; the others follow in steps of 8, with the next ones.
 NABLA_DEVICE int thread_column() { return 2 * (ptx::lane_index() % 4); }
 
+// Accumulators [16, N] as the operand A of a next product, in N / 16 parts [16, 16].
+template <class T, int kCount>
+NABLA_DEVICE void as_operand_a(uint32_t (&a)[kCount / 8][4], const float (&d)[kCount]) {
+    NABLA_UNROLL
+    for (int i = 0; i < kCount; i += 2) a[i / 8][i / 2 % 4] = ptx::pack<T>(d[i], d[i + 1]);
+}
+
 // factor * accumulators i with row_of(i) == r, to their columns of a row in global memory.
 template <class T, int kCount>
 NABLA_DEVICE void store_row(T* row, const float (&accumulators)[kCount], int r, float factor) {

@@ -13,6 +13,7 @@
 #include "cuda/grid.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
+#include "cuda/softmax.cuh"
 #include "params.h"
 
 namespace nabla::cuda {
@@ -23,7 +24,6 @@ enum class SumOrder {
     kByValue,   // float 128 (4 i + n) + t: a value of 128 threads, for adds of one a thread
 };
 
-constexpr int kBlockTokens = 64;
 constexpr int kThreadsOfBlock = 128;
 
 // The weight of a score; lse is in units of log2. It is at most 1, though a score may be rounded to
@@ -59,13 +59,12 @@ struct QueryBlock {
 template <class T, int kD>
 NABLA_KERNEL(kThreadsOfBlock, 8)
 attention_prepare_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
-    constexpr float kLog2E = 1.44269504f;
     constexpr int kLanes = kD / 8;  // that share a row
     const QueryBlock block(p.forward);
     const int thread = static_cast<int>(ptx::thread_index());
-    float* rows = p.delta + block.tile * (2 * kBlockTokens);
+    float* rows = p.delta + block.tile * (2 * kBlock);
     NABLA_UNROLL
-    for (int first = 0; first < kBlockTokens; first += kThreadsOfBlock / kLanes) {
+    for (int first = 0; first < kBlock; first += kThreadsOfBlock / kLanes) {
         const int row = first + thread / kLanes, channel = thread % kLanes * 8;
         float sum = 0;
         if (row < block.run.size) {
@@ -89,12 +88,12 @@ attention_prepare_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
             if (p.dlse) sum -= ptx::load_global_nc(p.dlse + block.first_row + row);
         }
         ptx::store_global(rows + row, lse);
-        ptx::store_global(rows + kBlockTokens + row, sum);
+        ptx::store_global(rows + kBlock + row, sum);
     }
     if (!p.dq_sums) return;
-    auto* sums = reinterpret_cast<ptx::F32x4*>(p.dq_sums + block.tile * (kBlockTokens * kD));
+    auto* sums = reinterpret_cast<ptx::F32x4*>(p.dq_sums + block.tile * (kBlock * kD));
     NABLA_UNROLL
-    for (int i = 0; i < kBlockTokens * kD / 4 / kThreadsOfBlock; ++i)
+    for (int i = 0; i < kBlock * kD / 4 / kThreadsOfBlock; ++i)
         ptx::store_global(sums + i * kThreadsOfBlock + thread, ptx::F32x4{});
 }
 
@@ -105,9 +104,9 @@ attention_finish_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
     const QueryBlock block(p.forward);
     const float scale = p.forward.scale;
     const auto* sums =
-        reinterpret_cast<const ptx::F32x4*>(p.dq_sums + block.tile * (kBlockTokens * kD));
+        reinterpret_cast<const ptx::F32x4*>(p.dq_sums + block.tile * (kBlock * kD));
     NABLA_UNROLL
-    for (int first = 0; first < kBlockTokens / 2 * kD / 8; first += kThreadsOfBlock) {
+    for (int first = 0; first < kBlock / 2 * kD / 8; first += kThreadsOfBlock) {
         const int unit = first + static_cast<int>(ptx::thread_index());
         const int i = unit % (kD / 8), quad = unit / (kD / 8);
         constexpr bool kByThread = kOrder == SumOrder::kByThread;

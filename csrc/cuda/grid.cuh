@@ -6,6 +6,8 @@
 
 namespace nabla {
 
+constexpr int kBlock = 64;  // tokens of a block that the attention kernels take
+
 // Tokens first .. first + size - 1 of the sequence in block order.
 struct BlockRun {
     int32_t first, size;

@@ -16,10 +16,13 @@
 
 namespace nabla {
 
+constexpr float kLog2E = 1.44269504f;
+
 class Softmax {
   public:
-    // A scale of 0 still makes -inf of a score of -inf.
-    NABLA_DEVICE explicit Softmax(float scale_log2) : scale_log2_(fmaxf(scale_log2, FLT_MIN)) {}
+    // Of the scale without its sign. One of 0 still makes -inf of a score of -inf.
+    NABLA_DEVICE explicit Softmax(float scale)
+        : scale_log2_(fmaxf(fabsf(scale) * kLog2E, FLT_MIN)) {}
 
     // Scores from column `size` on weigh nothing.
     NABLA_DEVICE static void mask_from(int size, float (&scores)[kScores]) {

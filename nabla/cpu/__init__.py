@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nabla.grid import TokenGrid
+from nabla.native import with_tensors_as
 
 REASON_FILE = Path(__file__).parent.parent / "_cpu_build.txt"  # written by setup.py without kernels
 
@@ -68,7 +69,7 @@ def launch(stage: str, *, grid: TokenGrid, **fields) -> None:
     """
     instruction_set = _forced or _best_instruction_set()
     fields["starts"] = starts(grid)
-    pointers = {name: _with_pointers(value) for name, value in fields.items()}
+    pointers = {name: with_tensors_as(Tensor.data_ptr, value) for name, value in fields.items()}
     getattr(native(), stage)(
         instruction_set, threads=torch.get_num_threads(), grid=tuple(grid.as_ints()), **pointers
     )
@@ -86,12 +87,6 @@ def empty_like(x: Tensor) -> Tensor:
 def starts(grid: TokenGrid) -> Tensor:
     """Return the first token of every block of a grid, then its number of tokens."""
     return grid.starts("cpu")
-
-
-def _with_pointers(value):
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return tuple(map(_with_pointers, value)) if isinstance(value, tuple) else value
 
 
 @functools.cache

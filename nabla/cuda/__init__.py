@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nabla.dispatch import architecture
 from nabla.grid import TokenGrid
+from nabla.native import with_tensors_as
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -105,7 +106,7 @@ def launch(
     done, because PyTorch orders what it frees by the same stream. The kernels write those named in
     `writes`, and the emulator lets them touch no other memory.
     """
-    pointers = {name: _with_pointers(value) for name, value in fields.items()}
+    pointers = {name: with_tensors_as(Tensor.data_ptr, value) for name, value in fields.items()}
     pointers["grid"] = tuple(grid.as_ints())
     if device.type == "cpu":
         with _touchable(fields, writes):
@@ -146,12 +147,6 @@ def _why_not_loaded(name: str) -> str | None:
             return reason.read_text().strip()
         return f"the module nabla.{name} does not load: {error}"
     return None
-
-
-def _with_pointers(value):
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return tuple(map(_with_pointers, value)) if isinstance(value, tuple) else value
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class Warp {
           first_row_(16 * static_cast<int>(ptx::warp_index())),
           copy_keys_(elements<T>(p.k, Rows(p).batch, Rows(p).kv_head(), 0), p.k.stride_s),
           copy_values_(elements<T>(p.v, Rows(p).batch, Rows(p).kv_head(), 0), p.v.stride_s),
-          softmax_{Softmax(fabsf(p.scale) * kLog2E), Softmax(fabsf(p.scale) * kLog2E)} {}
+          softmax_{Softmax(p.scale), Softmax(p.scale)} {}
 
     NABLA_DEVICE void run() {
         fill_list(0);
@@ -73,8 +73,6 @@ class Warp {
     }
 
   private:
-    static constexpr float kLog2E = 1.44269504f;
-
     // Lists blocks from 32 * word on.
     NABLA_DEVICE void fill_list(int32_t word) const {
         if (ptx::warp_index() == 0) {

@@ -31,7 +31,6 @@ constexpr int kThreads = 128;           // four warps of 16 rows
 constexpr int kStep = 32;               // rows that are streamed at a time
 constexpr int kSlots = 3;               // steps in shared memory
 constexpr int kStepScores = kStep / 2;  // accumulators of a thread, of [16, kStep]
-constexpr float kLog2E = 1.44269504f;
 
 using List = KeptList<64>;
 

@@ -5,11 +5,10 @@
 // of a row that a copy writes. A tile begins at a multiple of 128 bytes.
 #pragma once
 
+#include "cuda/grid.cuh"
 #include "cuda/ptx.cuh"
 
 namespace nabla::sm80 {
-
-constexpr int kBlock = 64;  // tokens of a block, rows of a tile
 
 template <int kD>
 struct Tile {
@@ -106,13 +105,6 @@ NABLA_DEVICE void multiply(float (&d)[kCount], int column, const uint32_t (&a)[4
     for (int half = 0; half < 2; ++half)
         ptx::mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(d[column / 2 + 4 * half]), a,
                              reinterpret_cast<const uint32_t(&)[2]>(b[2 * half]));
-}
-
-// Accumulators [16, N] as the operand A of a next product, in N / 16 parts [16, 16].
-template <class T, int kCount>
-NABLA_DEVICE void as_operand_a(uint32_t (&a)[kCount / 8][4], const float (&d)[kCount]) {
-    NABLA_UNROLL
-    for (int i = 0; i < kCount; i += 2) a[i / 8][i / 2 % 4] = ptx::pack<T>(d[i], d[i + 1]);
 }
 
 }  // namespace nabla::sm80

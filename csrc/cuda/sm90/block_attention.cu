@@ -118,7 +118,7 @@ class Consumer {
           queries_(queries),
           index_(index),
           leads_(ptx::elect_one()),
-          softmax_(fabsf(p.scale) * kLog2E) {}
+          softmax_(p.scale) {}
 
     NABLA_DEVICE void run() {
         const Group group(p_);
@@ -129,8 +129,6 @@ class Consumer {
     }
 
   private:
-    static constexpr float kLog2E = 1.44269504f;
-
     // ---- the walk ----
 
     // Looks for the next block of this row, at one stage and on to the slot of `end`, and passes on
@@ -231,9 +229,7 @@ class Consumer {
             NABLA_UNROLL
             for (int i = 0; i < kD / 2; ++i) out_[i] *= factors[row_of(i)];
         }
-        NABLA_UNROLL
-        for (int i = 0; i < kScores; i += 2)
-            weights_[i / 8][i / 2 % 4] = ptx::pack<T>(scores[i], scores[i + 1]);
+        as_operand_a<T>(weights_, scores);
     }
 
     // ---- global memory ----

@@ -208,8 +208,6 @@ class Consumer {
     }
 
   private:
-    static constexpr float kLog2E = 1.44269504f;
-
     // One thread of the warpgroup adds to dq, and knows what has been read for that.
     NABLA_DEVICE bool adds() const { return ptx::warp_index() % 4 == 0 && leads_; }
 
@@ -268,7 +266,7 @@ class Consumer {
         ptx::wgmma_wait<1>();          // the scores are there
         weigh(weights);
         if constexpr (kByKey) {
-            pack(weights, factors[1]);
+            as_operand_a<T>(factors[1], weights);
             accumulate(second_, factors[1], 1);
             ptx::wgmma_wait<1>();  // dP is there
         } else {
@@ -276,7 +274,7 @@ class Consumer {
         }
         ptx::keep_in_place(ds);
         for_each_value(1, [&](int i, float delta) { ds[i] = weights[i] * (ds[i] - delta); });
-        pack(ds, factors[0]);
+        as_operand_a<T>(factors[0], ds);
         accumulate(first_, factors[0], 0);
         if constexpr (Config::kAddsQueries) {
             add_queries(factors[0]);
@@ -317,12 +315,6 @@ class Consumer {
             NABLA_UNROLL
             for (int i = first; i < first + 4; ++i) visit(i, values.v[kByKey ? i % 2 : row_of(i)]);
         }
-    }
-
-    NABLA_DEVICE static void pack(const float (&x)[kScores], uint32_t (&packed)[kBlock / 16][4]) {
-        NABLA_UNROLL
-        for (int i = 0; i < kScores; i += 2)
-            packed[i / 8][i / 2 % 4] = ptx::pack<T>(x[i], x[i + 1]);
     }
 
     // Waits for the products with tiles of the stage, which may then be overwritten.

@@ -6,13 +6,13 @@
 #pragma once
 
 #include "cuda/accumulators.cuh"
+#include "cuda/grid.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/tensor_map.h"
 #include "params.h"
 
 namespace nabla::sm90 {
 
-constexpr int kBlock = 64;  // tokens of a block, rows of a tile
 constexpr int kPanelBytes = kBlock * 128;
 constexpr int kWarpgroup = 128;  // threads
 
