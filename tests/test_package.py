@@ -362,6 +362,7 @@ BAD = {
     "top_p": (["--grid", "1,8,8", "--top-p", "90"], "percentage"),
     "query": (["--grid", "1,8,8", "--query", "0,0,1"], "outside the (1, 1, 1) blocks"),
     "tensors": (["--tensors", "absent.safetensors"], "absent.safetensors"),
+    "no tensors": (["--tensors", __file__], "cannot be read as safetensors"),
 }
 
 
