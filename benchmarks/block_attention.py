@@ -34,11 +34,14 @@ STAGE = "block_attention"
 # Query blocks of a group, which load keys and values together; on Hopper, and elsewhere.
 HOPPER_SHARING, SHARING = 3, 2
 BACKWARD_WORK = 3.5  # FLOPs of forward and backward over those of the forward
+GRAPHED = 4e12  # FLOPs of a longer forward, which launches do not delay
 
 
-def cost(shape: Shape, specs: Sequence[MaskSpec]) -> float:
-    """FLOPs of one round, without the peers."""
-    return shape.workload.flops * (1 + sum(spec.density for spec in specs))
+def cost(
+    shape: Shape, specs: Sequence[MaskSpec], *, dense: float = 1.0, sparse: float = 1.0
+) -> float:
+    """FLOPs of one round of so many that are dense, and so many under each mask."""
+    return shape.workload.flops * (dense + sparse * sum(spec.density for spec in specs))
 
 
 def contest(shape: Shape, specs: Sequence[MaskSpec], peers: list[Peer]) -> Contest:
@@ -55,11 +58,10 @@ def build(
     attention = _Attention(stage, shape, (q, k, v), with_grad)
     found = Contest(with_grad=with_grad)
     everything = full_mask(grid, shape.device)
-    for peer in with_role(peers, "dense", shape.device):
-        if peer.differentiable or not with_grad:
-            found.cases.append(
-                attention.case(peer.name, peer.prepare, everything, mask="dense", density=1.0)
-            )
+    for peer in with_role(peers, "dense", shape.device, with_grad=with_grad):
+        found.cases.append(
+            attention.case(peer.name, peer.prepare, everything, mask="dense", density=1.0)
+        )
     for spec in specs:
         mask = make(spec, grid, heads, shape)
         found.cases += attention.under(mask, spec, peers)
@@ -126,12 +128,11 @@ class _Attention:
         shared = {"union": masks.union(mask, sharing)} if is_gpu else {}
         ours = self.case(OURS, _ours, mask, mask, **about, values=shared)
         cases = [ours]
-        if is_gpu:
-            graph = replace(ours, row=replace(ours.row, part="graph"), is_graph=True)
-            cases.append(deterministic(ours) if self.with_grad else graph)
-        for peer in with_role(peers, "sparse", self.shape.device):
-            if self.with_grad and not peer.differentiable:
-                continue
+        if is_gpu and self.with_grad:
+            cases.append(deterministic(ours))
+        elif is_gpu and ours.row.flops < GRAPHED:
+            cases.append(replace(ours, row=replace(ours.row, part="graph"), is_graph=True))
+        for peer in with_role(peers, "sparse", self.shape.device, with_grad=self.with_grad):
             if peer.block == 64:
                 cases.append(self.case(peer.name, peer.prepare, mask, mask, **about))
                 continue

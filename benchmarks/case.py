@@ -63,16 +63,20 @@ class Pace(NamedTuple):
         rates: FLOPs per second of dense attention by dtype, as measured.
         busy: How many times longer than alone all else takes.
         tokens: By workload and stage, those of a run to compare with.
+        sparse: How many times longer FLOPs of kept blocks may take than those of `rates`.
     """
 
     rates: dict[torch.dtype, float]
     busy: float
     tokens: Mapping[tuple[str, str], int] = MappingProxyType({})
+    sparse: float = 1.0
 
     def least_seconds(self, row: Row) -> float:
         """What a case takes at least, by its FLOPs: to be checked, and three rounds."""
         rates = {name_of(dtype): rate for dtype, rate in self.rates.items()}
         flops = row.flops + row.extra_flops
+        if row.mask != "dense":
+            flops *= self.sparse
         return ROUNDS_AT_LEAST * flops / rates[row.dtype] if row.dtype in rates else 0.0
 
 
@@ -169,6 +173,14 @@ def forward_bytes(shape: Shape) -> float:
     return used.heads * used.grid.num_tokens * (4 * used.head_dim * size + 4)
 
 
-def with_role(peers: list[Peer], role: str, device: torch.device) -> list[Peer]:
-    """The peers of a role that run on a device."""
-    return [peer for peer in peers if peer.role == role and peer.absent(device) is None]
+def with_role(
+    peers: list[Peer], role: str, device: torch.device, *, with_grad: bool = False
+) -> list[Peer]:
+    """The peers of a role that run on a device, with gradients if asked."""
+    return [
+        peer
+        for peer in peers
+        if peer.role == role
+        and peer.absent(device) is None
+        and (device.type in peer.differentiable or not with_grad)
+    ]

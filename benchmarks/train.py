@@ -14,9 +14,9 @@ from benchmarks.peers.peer import Peer
 STAGE = "train"
 
 
-def cost(shape: Shape, specs: Sequence[MaskSpec]) -> float:
-    """FLOPs of one round, without the peers."""
-    return block_attention.BACKWARD_WORK * block_attention.cost(shape, specs)
+def cost(shape: Shape, specs: Sequence[MaskSpec], **counts: float) -> float:
+    """FLOPs of one round, by the same counts."""
+    return block_attention.BACKWARD_WORK * block_attention.cost(shape, specs, **counts)
 
 
 def contest(shape: Shape, specs: Sequence[MaskSpec], peers: list[Peer]) -> Contest:

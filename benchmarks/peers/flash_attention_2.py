@@ -16,4 +16,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     return lambda: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-PEERS = (Peer("fa2", "dense", needs("flash_attn", "pip install flash-attn"), attention, True),)
+PEERS = (Peer("fa2", "dense", needs("flash_attn", "pip install flash-attn"), attention, ("cuda",)),)

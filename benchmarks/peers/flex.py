@@ -1,5 +1,6 @@
 """FlexAttention of torch, compiled: what public NABLA runs on, with the options that let it take
-blocks of 64 tokens. On a CPU it has a forward only."""
+blocks of 64 tokens. The forward only: on a CPU there is no other, and on Hopper the backward takes
+blocks of 64 only if it searches for its tiles, a minute for each shape."""
 
 from __future__ import annotations
 
@@ -14,12 +15,15 @@ from torch.nn.attention.flex_attention import flex_attention
 from benchmarks.peers.peer import Peer, needs
 from nabla import BlockMask
 
-TILES = {"BLOCK_M": 64, "BLOCK_N": 64}  # its own choice is larger than a block
+# Its own tiles are larger than a block, and so are the warps that it takes for them.
+OPTIONS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+SHAPES = 64  # that it is compiled for in a run; torch stops at eight
 
 
 @functools.cache
 def compiled() -> Callable[..., Tensor]:
-    """FlexAttention, compiled once for all shapes of a run."""
+    """FlexAttention, compiled for each shape of a run."""
+    torch._dynamo.config.recompile_limit = SHAPES
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -33,8 +37,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Callable[[], 
         indices.clone(),
         BLOCK_SIZE=mask.grid.block_size,
         seq_lengths=(mask.grid.num_tokens, mask.grid.num_tokens),
+        compute_q_blocks=False,  # which the backward would need
     )
-    options = {"kernel_options": TILES} if q.device.type == "cuda" else {}
+    options = {"kernel_options": OPTIONS} if q.device.type == "cuda" else {}
     return lambda: compiled()(q, k, v, block_mask=lists, **options)
 
 

@@ -26,7 +26,7 @@ class Peer:
             sparse  (q, k, v, mask) -> run
             window  (q, k, v, grid, kernel) with q, k, v in raster order -> run
             mask    (q, k, grid, top_p, window) -> run;  run() is (counts, lists) or booleans
-        differentiable: Whether its output has gradients.
+        differentiable: Types of devices on which its output has gradients.
         block: Tokens of its blocks; 128 is given the mask that covers the one of 64.
     """
 
@@ -34,7 +34,7 @@ class Peer:
     role: Literal["dense", "sparse", "window", "mask"]
     absent: Absent
     prepare: Callable[..., Callable[[], object]]
-    differentiable: bool = False
+    differentiable: tuple[str, ...] = ()
     block: int = 64
 
 

@@ -38,19 +38,19 @@ def _only_on(device_type: str):
 
 
 PEERS = (
-    Peer("sdpa", "dense", _only_on("cpu"), attention, differentiable=True),
+    Peer("sdpa", "dense", _only_on("cpu"), attention, differentiable=("cpu",)),
     Peer(
         "sdpa-cudnn",
         "dense",
         needs("torch", "torch"),
         by_kernel(SDPBackend.CUDNN_ATTENTION),
-        differentiable=True,
+        differentiable=("cuda",),
     ),
     Peer(
         "sdpa-flash",
         "dense",
         needs("torch", "torch"),
         by_kernel(SDPBackend.FLASH_ATTENTION),
-        differentiable=True,
+        differentiable=("cuda",),
     ),
 )

@@ -36,7 +36,8 @@ def builder(
     q: Tensor, k: Tensor, grid: TokenGrid, top_p: float, window: tuple[int, int, int] | None
 ) -> Callable[[], tuple[Tensor, ...]]:
     """Build lists for one window, which is computed once."""
-    near = nabla.sliding_tile_mask(grid, window or (1, 1, 1), device=q.device).to_dense()
+    mask = nabla.sliding_tile_mask(grid, window or (1, 1, 1), device=q.device)
+    near = mask.to_dense().contiguous()  # strides, too, are compiled for
     function = compiled() if q.device.type == "cuda" else build
     return lambda: function(q, k, near, top_p, grid.block_size)
 
