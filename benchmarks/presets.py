@@ -3,7 +3,7 @@
 cpu         the stages on plain sequences, mask building of Kandinsky 5 Lite at 10 s, the tiny
             model: what a CPU can show in five minutes
 scaling     cost over tokens
-gpu         what L2 delivers, and every stage of every real workload
+gpu         what L2 delivers, and every stage of every real workload, what counts most first
 smoke       a little of everything in a few seconds
 <workload>  every stage of one real workload; on a CPU with fewer heads and frames, and says so
 """
@@ -28,7 +28,7 @@ from benchmarks import (
     scores,
     train,
 )
-from benchmarks.case import ROUNDS_AT_LEAST, MaskSpec, Pace, Shape, Step
+from benchmarks.case import ROUNDS_AT_LEAST, MaskSpec, Pace, Shape, Step, with_role
 from benchmarks.masks import CORRELATIONS
 from benchmarks.peers.peer import Peer
 from benchmarks.results import Row
@@ -42,6 +42,13 @@ CPU_TOKENS = tuple(2**n for n in range(12, 17))
 GPU_TOKENS = (16384, 32768, 65536, 131072, 250880)
 CAPTURED_FRAMES = 32
 SORT_SECONDS = 1.2e-7  # that sorting takes for each pair of blocks on a CPU, about
+# Seconds that it takes to compile peers for a shape, and the sort-based mask once for all shapes.
+COMPILED = {
+    "cpu": {"flex": 20.0},
+    "cuda": {"flex": 10.0, "vsa-triton": 15.0, "cudnn-bsa": 5.0},
+}
+SORTING_COMPILED = 15.0
+LEADING = ("k5-lite-10s", "k5-pro-10s-sd")  # whose results count most, one of either head dim
 MASK_HEADS = 4  # of a workload on a CPU: sorting takes a second a head
 FEW_HEADS = 2
 FEWEST_FRAMES = 2
@@ -112,14 +119,22 @@ def scaling_steps(device: torch.device, peers: list[Peer], pace: Pace, left: flo
 
 
 def workload_steps(workloads: Sequence[Workload]) -> Steps:
-    """Every stage of real workloads: the forward of all before the backward of any."""
+    """Every stage of real workloads: on a GPU what counts most first, the leading ones together; on
+    a CPU the forward of all before the backward of any."""
 
     def steps(device: torch.device, peers: list[Peer], pace: Pace, left: float) -> list[Step]:
-        if device.type == "cuda":
-            plans = [_whole(workload, device, peers) for workload in workloads]
-        else:
-            plans = [_reduced(workload, device, peers, pace, left) for workload in workloads]
         tiny = _shape(generate.tiny(CAPTURED_FRAMES, 1), torch.bfloat16, device)
+        if device.type == "cuda":
+            shapes = [_shape(workload, torch.bfloat16, device) for workload in workloads]
+            leading = [shape for shape in shapes if _leads(shape)]
+            others = [shape for shape in shapes if not _leads(shape)]
+            return [
+                *by_stage([_essential(shape, peers, pace) for shape in leading]),
+                *(step for shape in others for step in _essential(shape, peers, pace)),
+                *by_stage([_further(shape, peers, pace) for shape in shapes]),
+                _captured_step(tiny, peers),
+            ]
+        plans = [_reduced(workload, device, peers, pace, left) for workload in workloads]
         return [*by_stage(plans), _captured_step(tiny, peers)]
 
     return steps
@@ -215,19 +230,54 @@ def specs_of(workload: Workload) -> list[MaskSpec]:
     return found
 
 
-def _whole(workload: Workload, device: torch.device, peers: list[Peer]) -> list[Step]:
-    shape = _shape(workload, torch.bfloat16, device)
-    specs = specs_of(workload)
-    own = [MaskSpec("nabla-like", density, 0.5) for density in workload.densities]
-    forward, _ = _attention_steps(shape, specs, peers)
-    _, backward = _attention_steps(shape, own, peers)
+def only(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
+    """The steps of the named stages and workloads; what is named of neither kind is not asked for.
+
+    Raises:
+        ValueError: If a name is that of no step.
+    """
+    stages = {step.stage for step in steps}
+    workloads = {step.workload for step in steps if step.workload}
+    if unknown := [name for name in names if name not in stages | workloads]:
+        raise ValueError(
+            f"--only {', '.join(unknown)} are unknown: give some of "
+            f"{', '.join(sorted(stages))}, {', '.join(sorted(workloads))}"
+        )
     return [
-        *_stage_steps(shape, peers),
-        forward,
+        step
+        for step in steps
+        if (step.stage in names or not stages.intersection(names))
+        and (step.workload in names or not workloads.intersection(names) or not step.workload)
+    ]
+
+
+def _leads(shape: Shape) -> bool:
+    return shape.workload.name in LEADING
+
+
+def _own(workload: Workload) -> list[MaskSpec]:
+    """Masks of the densities of trained models; the sparsest, which takes the least time, first."""
+    return [MaskSpec("nabla-like", density, 0.5) for density in sorted(workload.densities)]
+
+
+def _essential(shape: Shape, peers: list[Peer], pace: Pace) -> list[Step]:
+    """On a GPU, what models pay: the mask, attention, training and a layer, beside all peers."""
+    own = _own(shape.workload)
+    forward, backward = _attention_steps(shape, own, peers, pace)
+    return [_mask_step(shape, peers), forward, backward, *_block_steps(shape, own)]
+
+
+def _further(shape: Shape, peers: list[Peer], pace: Pace) -> list[Step]:
+    """On a GPU, the other masks and stages, beside dense attention."""
+    own = _own(shape.workload)
+    others = [spec for spec in specs_of(shape.workload) if spec not in own]
+    dense = [peer for peer in peers if peer.role == "dense"]
+    forward, _ = _attention_steps(shape, others, dense, pace)
+    reorder_step, scores_step, _ = _stage_steps(shape, peers)
+    return [
         *_functional_steps(shape, peers),
-        backward,
-        *_block_steps(shape, own),
-        _memory_step([shape], shape),
+        forward,
+        *(reorder_step, scores_step, _memory_step([shape], shape)),
     ]
 
 
@@ -286,6 +336,8 @@ def _mask_step(shape: Shape, peers: list[Peer]) -> Step:
     entries = shape.workload.heads * shape.workload.grid.num_blocks**2
     sorts = any(peer.role == "mask" for peer in peers)
     seconds = 1.0
+    if shape.device.type == "cuda" and _leads(shape):
+        seconds += SORTING_COMPILED * sorts  # once, for all shapes
     if shape.device.type == "cpu":
         seconds += ROUNDS_AT_LEAST * entries * (SORT_SECONDS if sorts else SORT_SECONDS / 20)
     return _race(block_mask.STAGE, shape, 0.0, lambda: block_mask.contest(shape, peers), seconds)
@@ -299,21 +351,38 @@ def _stage_steps(shape: Shape, peers: list[Peer]) -> list[Step]:
     ]
 
 
-def _attention_steps(shape: Shape, specs: list[MaskSpec], peers: list[Peer]) -> tuple[Step, Step]:
-    flops = block_attention.cost(shape, specs)
-    compiled = 20.0 * sum(peer.name == "flex" for peer in peers)
+def _attention_steps(
+    shape: Shape, specs: list[MaskSpec], peers: list[Peer], pace: Pace | None = None
+) -> tuple[Step, Step]:
+    """Forward, and with the backward. With a pace, on a GPU, the peers count one by one."""
+    names = {peer.name for peer in with_role(peers, "sparse", shape.device)}
+    compiled = sum(COMPILED[shape.device.type].get(name, 0.0) for name in names)
+    flops = block_attention.cost(shape, specs) * (2 if "flex" in names else 1)
+    with_backward = train.cost(shape, specs)
+    if pace is not None:
+
+        def counts(with_grad: bool) -> dict[str, float]:
+            dense, sparse = (
+                len(with_role(peers, role, shape.device, with_grad=with_grad))
+                for role in ("dense", "sparse")
+            )
+            ours = 2 if with_grad else 1  # deterministic as well
+            return {"dense": dense, "sparse": pace.sparse * (ours + sparse)}
+
+        flops = block_attention.cost(shape, specs, **counts(False))
+        with_backward = train.cost(shape, specs, **counts(True))
     return (
         _race(
             block_attention.STAGE,
             shape,
-            flops * (2 if compiled else 1),
+            flops,
             lambda: block_attention.contest(shape, specs, peers),
             compiled,
         ),
         _race(
             train.STAGE,
             shape,
-            train.cost(shape, specs),
+            with_backward,
             lambda: train.contest(shape, specs, peers),
         ),
     )
@@ -363,4 +432,6 @@ def _memory_step(shapes: list[Shape], of_mask: Shape | None) -> Step:
         suite.rows += memory.rows(shapes, of_mask)
 
     seconds = 25.0 if of_mask is not None else 12.0
+    if shapes[0].device.type == "cuda":  # without processes of their own
+        seconds = 2.0
     return _step(memory.STAGE, shapes[0], flops, measure, seconds)

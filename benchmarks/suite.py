@@ -1,6 +1,6 @@
 """Runs a preset: estimates, measures within the estimate, refuses wrong output, keeps the rows.
 
-nabla bench PRESET [--device cpu] [--peers ...] [--json F] [--compare F]
+nabla bench PRESET [--device cpu] [--peers ...] [--only ...] [--json F] [--compare F]
 python -m benchmarks.suite PRESET ...     the same, where typer is not installed
 """
 
@@ -29,7 +29,8 @@ from benchmarks.results import BUSY, MASK_PART, OURS, Change, Row, Run
 from benchmarks.timing import LEAST_ROUNDS, MOST_ROUNDS, contest, graphed
 
 OUT = Path("out/bench")
-YARDSTICKS = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sorting")  # speed-ups are over these
+YARDSTICKS = ("sdpa", "sdpa-cudnn", "sorting")  # speed-ups are over these
+SPARSE = {"cpu": 1.0, "cuda": 2.0}  # how much longer FLOPs of kept blocks take than dense ones
 FURTHER_SAMPLES = 4  # of an output that is a little too far off by the first
 OVERHEAD = 12.0  # seconds for everything that is no step: measuring the machine, the report
 MOST_OVERHEAD = 8.0  # times that, on a busy machine
@@ -97,8 +98,6 @@ class Suite:
             self.rows.append(Row(step.stage, step.workload, status="absent", reason=reason))
         except Exception as error:
             self._fail(Row(step.stage, step.workload), "failed", error)
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # peers are compiled for each shape, and it keeps only a few
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -190,6 +189,7 @@ def bench(
     *,
     device: str | None = None,
     peers: list[str] | None = None,
+    only: list[str] | None = None,
     json: Path | None = None,
     compare: Path | None = None,
     seconds: float | None = None,
@@ -203,6 +203,7 @@ def bench(
         device: "cpu" or "cuda"; None is CUDA where there is a device.
         peers: Names of the peers to measure beside ours; None is all that are installed. What
             speed-ups are over is always among them.
+        only: Names of stages and of workloads to leave it at; None is all of the preset.
         json: Where the rows are written, as JSON lines.
         compare: Results of another run; the status is 1 if ours has become slower.
         seconds: To take at most, and what does not fit is left out; None is what the preset says,
@@ -221,6 +222,9 @@ def bench(
     before = None if compare is None else results.read(compare)
     others = chosen(None if peers is None else [*peers, *YARDSTICKS])
     definition = presets.find(preset, where)
+    if only is not None:  # unknown names are told before anything is measured
+        any_pace = Pace(dict.fromkeys(definition.dtypes, 1.0), 1.0)
+        presets.only(definition.steps(where, others, any_pace, 1.0), only)
     about = facts(where)
     say(describe(about))
     limits = measure_limits(where, definition.dtypes)
@@ -230,10 +234,13 @@ def bench(
         say(f"peer {peer.name}: {peer.absent(where) or 'used'}")
     budget = definition.seconds[where.type] if seconds is None else seconds
     earlier = [] if before is None else before.rows
-    pace = Pace(rates, busyness(), {(row.workload, row.stage): row.tokens for row in earlier})
+    tokens = {(row.workload, row.stage): row.tokens for row in earlier}
+    pace = Pace(rates, busyness(), tokens, SPARSE[where.type])
     overhead = OVERHEAD * min(pace.busy, MOST_OVERHEAD)
     safety = SAFETY if pace.busy <= BUSY else BUSY_SAFETY
     steps = definition.steps(where, others, pace, (budget - overhead) / safety)
+    if only is not None:
+        steps = presets.only(steps, only)
     least = [step.least_seconds(pace) for step in steps]
     aim = estimate = budget
     if seconds is None:
@@ -347,13 +354,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("preset", choices=list(presets.PRESETS))
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--peers", help=f"some of {','.join(NAMES)}")
+    parser.add_argument("--only", help="some of its stages and workloads")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--compare", type=Path)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--out", type=Path)
     options = vars(parser.parse_args(arguments))
-    peers = options.pop("peers")
-    return bench(**options, peers=None if peers is None else peers.split(","), say=report.plain)
+    for name in ("peers", "only"):
+        options[name] = None if options[name] is None else options[name].split(",")
+    return bench(**options, say=report.plain)
 
 
 if __name__ == "__main__":

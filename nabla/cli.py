@@ -166,6 +166,7 @@ def bench(
     preset: Annotated[str, typer.Argument(help="What to run, such as cpu or k5-lite-10s.")],
     device: Annotated[str | None, typer.Option(help="cpu or cuda; else CUDA if any.")] = None,
     peers: Annotated[str | None, typer.Option(help="Peers to measure beside: sdpa,flex")] = None,
+    only: Annotated[str | None, typer.Option(help="Stages and workloads: block_mask,train")] = None,
     json_lines: Annotated[
         Path | None, typer.Option("--json", help="Where to write the rows, as JSON lines.")
     ] = None,
@@ -181,6 +182,7 @@ def bench(
         preset,
         device=device,
         peers=None if peers is None else [name.strip() for name in peers.split(",")],
+        only=None if only is None else [name.strip() for name in only.split(",")],
         json=json_lines,
         compare=compare,
         seconds=seconds,

@@ -398,6 +398,46 @@ def test_absent_peers_say_why():
     assert fa3.absent(torch.device("cuda")) == "not installed: pip install fa3-fwd"
 
 
+VSA = """
+import nabla
+from nabla import BlockMask, TokenGrid
+
+GRID = TokenGrid(3, 16, 24)
+
+
+def block_sparse_attn(q, k, v, block_map, sizes):
+    raise AssertionError("not what is measured")
+
+
+def block_sparse_attn_triton(q, k, v, indices, counts, sizes):
+    assert sizes.tolist() == [64] * GRID.num_blocks
+    mask = BlockMask.from_indices(counts, indices, grid=GRID)
+    return nabla.block_sparse_attention(q.float(), k.float(), v.float(), mask).to(q.dtype), None
+"""
+
+
+def test_a_package_that_names_a_function_as_its_module(monkeypatch, tmp_path):
+    """As FastVideo's does; what its kernels would take for something else is refused."""
+    (tmp_path / "fastvideo_kernel").mkdir()
+    (tmp_path / "fastvideo_kernel" / "block_sparse_attn.py").write_text(VSA)
+    init = "from fastvideo_kernel.block_sparse_attn import block_sparse_attn\n"
+    (tmp_path / "fastvideo_kernel" / "__init__.py").write_text(init)
+    monkeypatch.syspath_prepend(tmp_path)
+    (vsa,) = peers.chosen(["vsa-triton"])
+    (q, k, v), mask = SHAPE.inputs(), masks.random_mask(SMALL.grid, 2, 0.3, CPU)
+    qkv = [x.bfloat16() for x in (q, k, v)]
+    wanted = nabla.block_sparse_attention(*(x.float() for x in qkv), mask).bfloat16()
+    assert vsa.prepare(*qkv, mask)().equal(wanted)
+    with pytest.raises(ValueError, match="takes bfloat16"):
+        vsa.prepare(q, k, v, mask)
+    with pytest.raises(ValueError, match="takes bfloat16 of D=.64, 128., not .* of D=32"):
+        vsa.prepare(*(x[..., :32] for x in qkv), mask)
+    ragged = nabla.TokenGrid(3, 16, 20)
+    qkv = [x[:, :, : ragged.num_tokens] for x in qkv]
+    with pytest.raises(ValueError, match="takes whole blocks"):
+        vsa.prepare(*qkv, masks.random_mask(ragged, 2, 0.3, CPU))
+
+
 # Comparison
 
 
@@ -583,6 +623,7 @@ BAD = {
     "peers": (["smoke", "--device", "cpu", "--peers", "fa9"], "--peers fa9 are unknown"),
     "compare": (["smoke", "--device", "cpu", "--compare", "none.jsonl"], "none.jsonl"),
     "not_results": (["smoke", "--device", "cpu", "--compare", "bad.jsonl"], "holds no results"),
+    "only": (["smoke", "--device", "cpu", "--only", "trian"], "--only trian are unknown: give"),
     "gpu_preset": (["gpu", "--device", "cpu"], "preset 'gpu' is for cuda, not cpu"),
 }
 

@@ -11,7 +11,7 @@ import nabla
 from benchmarks import bounds, gpu_check, predictions, presets
 from benchmarks.case import Pace
 from benchmarks.machine import Limits
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, chosen
 from benchmarks.results import OURS, Row, Run
 from benchmarks.sass import read_kernels
 from benchmarks.timing import Seconds
@@ -27,14 +27,47 @@ def test_the_benchmark_of_a_gpu_covers_every_stage_of_every_workload():
     first, *stages = [step.stage for step in steps]
     assert first == "l2"
     for workload in WORKLOADS:
-        of_workload = {step.stage for step in steps if step.workload == workload.name}
-        assert of_workload == {
-            *("reorder", "scores", "block_mask", "block_attention", "functional", "train"),
-            *("block", "memory"),
-        }
-    assert len(stages) == 8 * len(WORKLOADS) + 1  # and the tiny model's own mask
-    last_forward = max(i for i, stage in enumerate(stages[:-1]) if stage == "block_attention")
-    assert last_forward < stages.index("train")
+        of_workload = [step.stage for step in steps if step.workload == workload.name]
+        assert of_workload == [
+            *("block_mask", "block_attention", "train", "block"),
+            *("functional", "block_attention", "reorder", "scores", "memory"),
+        ]
+    assert len(stages) == 9 * len(WORKLOADS) + 1  # and the tiny model's own mask
+    leading = 4 * len(presets.LEADING)
+    assert {step.workload for step in steps[1 : 1 + leading]} == set(presets.LEADING)
+    essential = steps[: 1 + 4 * len(WORKLOADS)]
+    assert {step.workload for step in essential} == {"", *(w.name for w in WORKLOADS)}
+    assert "functional" not in {step.stage for step in essential}
+
+
+def test_what_counts_most_fits_into_a_short_run():
+    """By the rates of an H100, beside the peers that are worth their time."""
+    device = torch.device("cuda")
+    pace = Pace({torch.float32: 1.5e13, torch.bfloat16: 6e14}, 1.0, sparse=2.0)
+    others = chosen(["sdpa-cudnn", "sorting", "flex"])
+    steps = presets.find("gpu", device).steps(device, others, pace, 150.0)
+    leading = steps[: 1 + 4 * len(presets.LEADING)]
+    assert sum(step.least_seconds(pace) for step in leading) < 130
+
+
+def test_stages_and_workloads_are_chosen_by_name():
+    device = torch.device("cuda")
+    pace = Pace({torch.float32: 1e14, torch.bfloat16: 5e14}, 1.0)
+    steps = presets.find("gpu", device).steps(device, list(PEERS), pace, 300.0)
+
+    def chosen_by(*names):
+        return [(step.stage, step.workload) for step in presets.only(steps, names)]
+
+    assert chosen_by("l2", "block_mask") == [
+        ("l2", ""),
+        *(("block_mask", name) for name in presets.LEADING),
+        *(("block_mask", w.name) for w in WORKLOADS if w.name not in presets.LEADING),
+    ]
+    assert chosen_by("train", "wan14b-720p") == [("train", "wan14b-720p")]
+    of_workload = chosen_by("wan14b-720p")
+    assert len(of_workload) == 1 + 9 and of_workload[0] == ("l2", "")
+    with pytest.raises(ValueError, match="--only nonsense are unknown: give some of block, "):
+        presets.only(steps, ["train", "nonsense"])
 
 
 ENVIRONMENT = {"versions": {"torch": "2", "triton": "3", "nabla": "0"}}
