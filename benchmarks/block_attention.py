@@ -33,6 +33,7 @@ from nabla.dispatch import architecture
 STAGE = "block_attention"
 # Query blocks of a group, which load keys and values together; on Hopper, and elsewhere.
 HOPPER_SHARING, SHARING = 3, 2
+BACKWARD_SHARING = 2  # key blocks, which load queries together, and query blocks for dq alone
 BACKWARD_WORK = 3.5  # FLOPs of forward and backward over those of the forward
 GRAPHED = 4e12  # FLOPs of a longer forward, which launches do not delay
 
@@ -124,8 +125,7 @@ class _Attention:
         asked = None if spec.kind == "captured" else spec.density
         about = {"mask": str(spec), "asked": asked, "density": density}
         is_gpu = self.shape.device.type == "cuda"
-        sharing = HOPPER_SHARING if architecture(self.shape.device) == 90 else SHARING
-        shared = {"union": masks.union(mask, sharing)} if is_gpu else {}
+        shared = self._unions(mask) if is_gpu else {}
         ours = self.case(OURS, _ours, mask, mask, **about, values=shared)
         cases = [ours]
         if is_gpu and self.with_grad:
@@ -149,6 +149,15 @@ class _Attention:
                 )
             )
         return cases
+
+    def _unions(self, mask: BlockMask) -> dict[str, float]:
+        """What groups of blocks load together, which predictions start from."""
+        sharing = HOPPER_SHARING if architecture(self.shape.device) == 90 else SHARING
+        found = {"union": masks.union(mask, sharing)}
+        if self.with_grad:
+            found["union_of_keys"] = masks.union(mask, BACKWARD_SHARING, of_keys=True)
+            found["union_of_queries"] = masks.union(mask, BACKWARD_SHARING)
+        return found
 
     def mask_building(self) -> Case:
         """Ours, for q and k of this shape: what a model pays beside the attention."""

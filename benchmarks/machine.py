@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 
 import nabla
+from nabla import cuda
+from nabla.dispatch import architecture
 from nabla.inspect import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +66,7 @@ def facts(device: torch.device) -> dict:
         about["cpu_kernels"] = status.reason
     if device.type == "cuda":
         about["gpu"] = gpu()
+        about["architecture"] = cuda.architectures().get(architecture(device) or 0)
     return about
 
 
@@ -74,10 +77,12 @@ def describe(about: dict) -> str:
     else:
         cpu = about["cpu"]
         machine = f"{cpu['name']}, {cpu['threads']} threads, kernels for {about['cpu_kernels']}"
-    versions = about["versions"]
+    versions, runs = about["versions"], about.get("runs", [about])
+    commits = dict.fromkeys(short(run["commit"]) for run in runs)
+    days = dict.fromkeys(run["date"][:10] for run in runs)
     return (
         f"{machine}; torch {versions['torch']}, nabla {versions['nabla']} at "
-        f"{short(about['commit'])}, {about['date'][:10]}"
+        f"{' and '.join(commits)}, {' and '.join(days)}"
     )
 
 
@@ -95,12 +100,27 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def gpu() -> str | None:
-    """Return what nvidia-smi says of the GPU: name, driver, clocks; None where it is not there."""
-    query = (
-        "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,"
-        "power.limit"
-    )
-    return _output("nvidia-smi", query, "--format=csv,noheader")
+    """Return what nvidia-smi says of the GPU: name, driver, highest clocks, power limit; None where
+    it is not there."""
+    query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    found = _output("nvidia-smi", query, "--format=csv,noheader")
+    if found is None or found.count(",") != 4:  # several GPUs, or an error
+        return found
+    name, driver, clock, memory_clock, power = found.split(", ")
+    return f"{name}, driver {driver}, up to {clock}, memory {memory_clock}, {power}"
+
+
+def full(commit: str) -> str:
+    """The whole hash of a commit of this checkout.
+
+    Raises:
+        ValueError: If it has none of that name.
+    """
+    if (
+        found := _output("git", "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+    ) is None:
+        raise ValueError(f"commit {commit!r} is not in this checkout")
+    return found
 
 
 def commit() -> str | None:

@@ -78,16 +78,17 @@ def captured(frames: int) -> tuple[Tensor, Tensor, Tensor, BlockMask]:
     return q, k, v, attention.mask(q, k, grid)
 
 
-def union(mask: BlockMask, rows: int) -> float:
+def union(mask: BlockMask, rows: int, *, of_keys: bool = False) -> float:
     """Blocks that a group of query blocks loads, per block that one of them keeps.
 
-    Groups are of so many blocks of one place in successive frames; of a grid with fewer frames,
-    successive blocks. What is left over at the end counts in no group.
+    With `of_keys`, query blocks that a group of key blocks loads, as gradients do. Groups are of
+    so many blocks of one place in successive frames; of a grid with fewer frames, successive
+    blocks. What is left over at the end counts in no group.
 
     Returns:
         From 1, if all of a group keep the same, to `rows`, if they share none.
     """
-    keep = mask.to_dense()
+    keep = mask.to_dense().mT if of_keys else mask.to_dense()
     places = mask.grid.num_blocks // mask.grid.blocks[0] if mask.grid.blocks[0] >= rows else 1
     keep = keep[..., : keep.shape[-2] // (rows * places) * rows * places, :]
     loaded = keep.unflatten(-2, (-1, rows, places)).any(-3).sum()

@@ -119,7 +119,7 @@ def lines_over_kept_blocks(
 ) -> dict[str, tuple[float, float, float, list[tuple[float, float]]]]:
     """By shape: start (ms), slope (ms per kept block), the largest relative error, the points."""
     rows = run.measured("block_attention") + run.measured("train")
-    curves = _by_shape(row for row in rows if row.mask == "random")
+    curves = _by_shape(row for row in rows if row.mask == "random" and not row.part)
     found = {}
     for name, of_shape in curves.items():
         points = sorted(

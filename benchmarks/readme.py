@@ -1,18 +1,23 @@
-"""Renders the tables of README.md, and the page of arithmetic, from committed results.
+"""Renders the tables of README.md, the page of arithmetic and the pages of GPUs from committed
+results.
 
     python -m benchmarks.readme [--check]
 
-A table stands between <!-- results: NAME --> and <!-- end -->; what is not measured is said so.
-`--check` writes nothing and exits 1 if something would change.
+results/*.jsonl are of CPUs, results/GPU/*.jsonl of GPUs of one model, whose page is
+results/GPU/README.md. A table stands between <!-- results: NAME --> and <!-- end -->, with text by
+hand around it; what is not measured is said so. `--check` writes nothing and exits 1 if something
+would change.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
-from benchmarks import arithmetic
+from benchmarks import arithmetic, gpu_tables
 from benchmarks.machine import ROOT, describe
 from benchmarks.presets import TABLE_DENSITIES
 from benchmarks.results import OURS, Row, Run, read
@@ -22,13 +27,34 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 ARITHMETIC = RESULTS / "arithmetic.md"
 UNMEASURED = "Not measured yet."
+# A page of a GPU, as it begins; what stands between its tables is written by hand.
+PAGE = """# Measured: {gpu}
+
+What `nabla bench` has measured on this GPU, beside what was predicted. The tables are made by
+`make readme` from the results in this folder.
+
+{tables}
+
+## Why they differ
+
+Not examined yet.
+"""
+HEADINGS = {
+    "machine": "The machine",
+    "predicted": "Predicted and measured",
+    "attention": "Attention, forward",
+    "training": "Attention, forward and backward",
+    "mask": "Building the mask",
+    "block": "One CrossDiT block",
+    "unmeasured": "Not measured",
+}
 
 
 def main(arguments: list[str]) -> int:
     """Write what is not as the results are; return the exit status."""
     runs = committed()
     changed = False
-    for path, text in ((README, rendered(README.read_text(), runs)), (ARITHMETIC, page(runs))):
+    for path, text in pages(runs).items():
         if not path.exists() or path.read_text() != text:
             changed = True
             print(f"{path.relative_to(ROOT)} differs from the results")
@@ -38,8 +64,47 @@ def main(arguments: list[str]) -> int:
 
 
 def committed() -> dict[str, Run]:
-    """The runs under results/, by the name of their file."""
-    return {path.stem: read(path) for path in sorted(RESULTS.glob("*.jsonl"))}
+    """The runs under results/, by the name of their file; those of GPUs as "h100/gpu"."""
+    paths = sorted((*RESULTS.glob("*.jsonl"), *RESULTS.glob("*/*.jsonl")))
+    return {path.relative_to(RESULTS).with_suffix("").as_posix(): read(path) for path in paths}
+
+
+def of_gpus(runs: dict[str, Run]) -> dict[str, list[Run]]:
+    """The runs of GPUs, by the folder of their model."""
+    found: dict[str, list[Run]] = {}
+    for name, run in runs.items():
+        if "/" in name:
+            found.setdefault(name.partition("/")[0], []).append(run)
+    return found
+
+
+def pages(runs: dict[str, Run]) -> dict[Path, str]:
+    """Every file that is made from results, as it has to be."""
+    found = {README: rendered(README.read_text(), runs), ARITHMETIC: page(runs)}
+    for folder, of_gpu in of_gpus(runs).items():
+        path = RESULTS / folder / "README.md"
+        text = path.read_text() if path.exists() else new_page(of_gpu)
+        found[path] = gpu_page(text, of_gpu)
+    return found
+
+
+def new_page(runs: list[Run]) -> str:
+    """A page of a GPU, without its tables."""
+    tables = [
+        f"## {heading}\n\n<!-- results: {name} -->\n<!-- end -->"
+        for name, heading in HEADINGS.items()
+    ]
+    return PAGE.format(gpu=_name_of_gpu(runs), tables="\n\n".join(tables))
+
+
+def _name_of_gpu(runs: Sequence[Run]) -> str:
+    about = runs[-1].about
+    return (about["gpu"] or about["devices"][0]["name"]).partition(",")[0]
+
+
+def gpu_page(text: str, runs: list[Run]) -> str:
+    """A page of a GPU with its tables as the results are; raises what `rendered` does."""
+    return _filled(text, {name: partial(make, runs) for name, make in gpu_tables.TABLES.items()})
 
 
 def rendered(text: str, runs: dict[str, Run]) -> str:
@@ -48,12 +113,22 @@ def rendered(text: str, runs: dict[str, Run]) -> str:
     Raises:
         ValueError: If it asks for a table that there is not.
     """
+    tables = {name: partial(make, runs) for name, make in TABLES.items()}
+    for name, make in gpu_tables.TABLES.items():
+        tables[f"gpu_{name}"] = partial(_of_every_gpu, make, runs)
+    return _filled(text, tables)
 
+
+def _of_every_gpu(make: Callable[[Sequence[Run]], str], runs: dict[str, Run]) -> str:
+    return "\n\n".join(make(of_gpu) for of_gpu in of_gpus(runs).values()) or UNMEASURED
+
+
+def _filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
     def render(match: re.Match[str]) -> str:
         name = match[1]
-        if name not in TABLES:
-            raise ValueError(f"README asks for results {name!r}: there are {', '.join(TABLES)}")
-        return f"<!-- results: {name} -->\n{TABLES[name](runs)}\n<!-- end -->"
+        if name not in tables:
+            raise ValueError(f"a page asks for results {name!r}: there are {', '.join(tables)}")
+        return f"<!-- results: {name} -->\n{tables[name]()}\n<!-- end -->"
 
     return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end -->", render, text, flags=re.DOTALL)
 
@@ -128,16 +203,28 @@ def mask_table(runs: dict[str, Run]) -> str:
 def end_to_end_table(runs: dict[str, Run]) -> str:
     """The bound by FLOPs of every model workload, beside what was measured."""
     measured = [run for run in runs.values() if run.measured("block")]
+    # Of GPUs, if there are any: a CPU has measured a small part of a model.
+    measured = [run for run in measured if run.about["device"] == "cuda"] or measured
     table = arithmetic.bounds(measured)
     quoted = "; ".join(dict.fromkeys(describe(run.about) for run in measured))
     note = f"End to end: {quoted}." if quoted else UNMEASURED
     return f"{table.markdown()}\n\n{note}"
 
 
+def gpu_pages(runs: dict[str, Run]) -> str:
+    """Where more is said of each GPU."""
+    links = [
+        f"[{_name_of_gpu(of_gpu)}](benchmarks/results/{folder}/README.md)"
+        for folder, of_gpu in of_gpus(runs).items()
+    ]
+    return f"What was predicted, and all else: {', '.join(links)}." if links else ""
+
+
 TABLES: dict[str, Callable[[dict[str, Run]], str]] = {
     "attention": attention_table,
     "mask": mask_table,
     "end_to_end": end_to_end_table,
+    "gpu_pages": gpu_pages,
 }
 
 

@@ -44,6 +44,7 @@ class Row:
         error, allowed: The largest error relative to the largest value, and its limit.
         reduced: What of the workload is left out.
         values: What else a stage has to say, by name.
+        run: Which of the runs it is of, where a file has several (benchmarks/merge.py).
     """
 
     stage: str
@@ -72,6 +73,7 @@ class Row:
     allowed: float | None = None
     reduced: str = ""
     values: dict = field(default_factory=dict)
+    run: int = 0
 
     @property
     def key(self) -> tuple:
