@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nabla import BlockMask, TokenGrid
 
@@ -181,7 +182,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, head: int, rows: slice, keep: Tenso
         return torch.zeros_like(q[:, head, rows])
     mask = None if keep.all() else keep[None, None, None]
     one_head = (q[:, head, None, rows], k[:, head, None], v[:, head, None])
-    return F.scaled_dot_product_attention(*one_head, attn_mask=mask)[:, 0]
+    return _sdpa(*one_head, mask)[:, 0]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Masked attention of torch; on a GPU by its own kernels, as cuDNN's are among the measured."""
+    if q.device.type != "cuda":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _gradients(head: Sequence[Tensor], rows: Tensor, keep: Tensor) -> list[Tensor]:
@@ -189,7 +198,7 @@ def _gradients(head: Sequence[Tensor], rows: Tensor, keep: Tensor) -> list[Tenso
     q, k, v, dout = head
     leaves = [x.detach().clone().requires_grad_() for x in (q[rows], k, v)]
     with torch.enable_grad():
-        out = F.scaled_dot_product_attention(*(x[None, None] for x in leaves), keep[None, None])
+        out = _sdpa(*(x[None, None] for x in leaves), keep[None, None])
     return list(torch.autograd.grad(out, leaves, dout[rows][None, None]))
 
 

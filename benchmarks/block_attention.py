@@ -60,9 +60,7 @@ def build(
     found = Contest(with_grad=with_grad)
     everything = full_mask(grid, shape.device)
     for peer in with_role(peers, "dense", shape.device, with_grad=with_grad):
-        found.cases.append(
-            attention.case(peer.name, peer.prepare, everything, mask="dense", density=1.0)
-        )
+        found.cases.append(attention.dense(peer, everything))
     for spec in specs:
         mask = make(spec, grid, heads, shape)
         found.cases += attention.under(mask, spec, peers)
@@ -81,9 +79,7 @@ def captured_contest(stage: str, frames: int, shape: Shape, peers: list[Peer]) -
     everything = full_mask(mask.grid, shape.device)
     found = Contest()
     for peer in with_role(peers, "dense", shape.device):
-        found.cases.append(
-            attention.case(peer.name, peer.prepare, everything, mask="dense", density=1.0)
-        )
+        found.cases.append(attention.dense(peer, everything))
     found.cases += attention.under(mask, MaskSpec("captured", 0.0), peers)
     return found
 
@@ -158,6 +154,11 @@ class _Attention:
             found["union_of_keys"] = masks.union(mask, BACKWARD_SHARING, of_keys=True)
             found["union_of_queries"] = masks.union(mask, BACKWARD_SHARING)
         return found
+
+    def dense(self, peer: Peer, everything: BlockMask) -> Case:
+        """A dense peer."""
+        case = self.case(peer.name, peer.prepare, everything, mask="dense", density=1.0)
+        return replace(case, is_fallback=peer.is_fallback(self.shape.device))
 
     def mask_building(self) -> Case:
         """Ours, for q and k of this shape: what a model pays beside the attention."""

@@ -30,12 +30,14 @@ class Case:
         check: Runs it and compares; raises WrongOutput. None where `run` is the yardstick itself.
         is_graph: Whether to time it, on a GPU, as a CUDA graph that is replayed back to back: its
             kernels without the launches, with a warm L2 cache. All others meet a cold one.
+        is_fallback: Whether it is left out if a case before it is right.
     """
 
     row: Row
     run: Callable[[], object]
     check: Callable[[], Accuracy] | None = None
     is_graph: bool = False
+    is_fallback: bool = False
 
 
 @dataclass

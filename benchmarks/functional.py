@@ -60,7 +60,14 @@ def contest(shape: Shape, peers: list[Peer]) -> Contest:
             bytes=work["bytes"],
         )
         run = peer.prepare(q, k, v)
-        found.cases.append(Case(row, run, lambda run=run: _check_dense(run(), q, k, v, shape)))
+        found.cases.append(
+            Case(
+                row,
+                run,
+                lambda run=run: _check_dense(run(), q, k, v, shape),
+                is_fallback=peer.is_fallback(shape.device),
+            )
+        )
     found.cases.append(Case(shape.row(STAGE, OURS, **about | work), attention, check))
     for part in PARTS:
         run, of_part = parts[part]

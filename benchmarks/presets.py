@@ -336,7 +336,7 @@ def _mask_step(shape: Shape, peers: list[Peer]) -> Step:
     entries = shape.workload.heads * shape.workload.grid.num_blocks**2
     sorts = any(peer.role == "mask" for peer in peers)
     seconds = 1.0
-    if shape.device.type == "cuda" and _leads(shape):
+    if shape.device.type == "cuda" and shape.workload.name == LEADING[0]:
         seconds += SORTING_COMPILED * sorts  # once, for all shapes
     if shape.device.type == "cpu":
         seconds += ROUNDS_AT_LEAST * entries * (SORT_SECONDS if sorts else SORT_SECONDS / 20)
@@ -363,11 +363,15 @@ def _attention_steps(
 
         def counts(with_grad: bool) -> dict[str, float]:
             dense, sparse = (
-                len(with_role(peers, role, shape.device, with_grad=with_grad))
+                [
+                    peer
+                    for peer in with_role(peers, role, shape.device, with_grad=with_grad)
+                    if peer.slower_from is None
+                ]
                 for role in ("dense", "sparse")
             )
             ours = 2 if with_grad else 1  # deterministic as well
-            return {"dense": dense, "sparse": pace.sparse * (ours + sparse)}
+            return {"dense": len(dense), "sparse": pace.sparse * (ours + len(sparse))}
 
         flops = block_attention.cost(shape, specs, **counts(False))
         with_backward = train.cost(shape, specs, **counts(True))

@@ -343,6 +343,19 @@ def test_the_reference_is_the_first_that_is_right():
     assert alone.reason == "nothing that is right to compare with"
 
 
+def test_a_fallback_is_measured_if_none_before_it_is_right():
+    right = torch.nn.functional.scaled_dot_product_attention
+    fallback = replace(case_of("flash", right, "dense"), is_fallback=True)
+    for first, names in (
+        (right, ["cudnn", OURS]),
+        (lambda q, k, v: right(q, k, v) * math.nan, ["cudnn", "flash", OURS]),
+    ):
+        dense = case_of("cudnn", first, "dense")
+        found = raced(Contest([dense, fallback, case_of(OURS, right)]))
+        assert [row.implementation for row in found.rows] == names
+        assert found.rows[-1].reference == names[-2]
+
+
 def test_nothing_begins_that_cannot_end_in_time():
     slow = Pace({torch.float32: SMALL.flops / 100.0}, 1.0)  # 100 seconds for dense attention
     found = suite.Suite(CPU, YARDSTICKS, lambda rows: None, slow)

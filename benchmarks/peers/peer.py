@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from nabla.dispatch import architecture
+
 Absent = Callable[[torch.device], str | None]
 
 
@@ -28,6 +30,8 @@ class Peer:
             mask    (q, k, grid, top_p, window) -> run;  run() is (counts, lists) or booleans
         differentiable: Types of devices on which its output has gradients.
         block: Tokens of its blocks; 128 is given the mask that covers the one of 64.
+        slower_from: Compute capability from which on it is slower than dense peers before it: there
+            it is measured only if none of them is right.
     """
 
     name: str
@@ -36,6 +40,11 @@ class Peer:
     prepare: Callable[..., Callable[[], object]]
     differentiable: tuple[str, ...] = ()
     block: int = 64
+    slower_from: int | None = None
+
+    def is_fallback(self, device: torch.device) -> bool:
+        """Whether it is measured only if no dense peer before it is right."""
+        return self.slower_from is not None and (architecture(device) or 0) >= self.slower_from
 
 
 def needs(module: str, package: str, *, devices: tuple[str, ...] = ("cuda",)) -> Absent:

@@ -52,5 +52,6 @@ PEERS = (
         needs("torch", "torch"),
         by_kernel(SDPBackend.FLASH_ATTENTION),
         differentiable=("cuda",),
+        slower_from=90,
     ),
 )
