@@ -1,6 +1,7 @@
 """What only a GPU can show: build, tests, sanitizers and benchmark, and a record of them.
 
-    python -m benchmarks.gpu_check [OUT]      a folder; out/gpu-check if none is given
+    python -m benchmarks.gpu_check [OUT [STEP ...]]     a folder, out/gpu-check if none is given;
+                                                        and steps to leave it at, such as memcheck
 
 Runs with the Python that runs it, from the checkout, without network, in less than 10 minutes: a
 step that takes longer than it may is stopped, the next ones have their time, and what it has shown
@@ -57,8 +58,11 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OURS = r"nabla|(attention_\w+|block_mean|logits|softmax|select|starts|transpose)_kernel$"
 
 
-def main(out: Path) -> int:
-    """Run all steps and write their record; return the exit status."""
+def main(out: Path, names: Sequence[str] = tuple(STEPS)) -> int:
+    """Run steps and write their record; return the exit status."""
+    if unknown := [name for name in names if name not in STEPS]:
+        print(f"gpu-check: no step {', '.join(unknown)}: {', '.join(STEPS)}", file=sys.stderr)
+        return 2
     if (reason := missing()) is not None:
         print(f"gpu-check: {reason}", file=sys.stderr)
         return 2
@@ -79,9 +83,14 @@ def main(out: Path) -> int:
         "benchmark": benchmark_command,
     }
     end = time.monotonic() + SECONDS - PAGE_SECONDS
-    (out / "benchmark.jsonl").unlink(missing_ok=True)  # of an earlier check
+    if "benchmark" in names:
+        (out / "benchmark.jsonl").unlink(missing_ok=True)  # of an earlier check
     with open(out / "log.txt", "w", buffering=1) as log:
+        if "build" not in names:
+            record["environment"] = environment()
         for name, command in commands.items():
+            if name not in names:
+                continue
             seconds = seconds_of(name, end - time.monotonic())
             results[name] = run(name, command(out, seconds), seconds, log)
             if name == "build":
@@ -293,4 +302,5 @@ def is_marked(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "out" / "gpu-check"))
+    folder, *steps = sys.argv[1:] or [str(ROOT / "out" / "gpu-check")]
+    sys.exit(main(Path(folder), steps or tuple(STEPS)))

@@ -96,6 +96,19 @@ def test_the_check_runs_its_steps_and_records_them(monkeypatch, tmp_path, capsys
         assert ("FAILED" in capsys.readouterr().out) == bool(status)
 
 
+def test_some_steps(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "missing", lambda: None)
+    monkeypatch.setattr(gpu_check, "build_command", lambda *_: pytest.fail("not asked for"))
+    monkeypatch.setattr(gpu_check, "sanitizer_command", lambda *_: "no compute-sanitizer")
+    monkeypatch.setattr(nabla.inspect, "environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr(nabla.dispatch, "architecture", lambda device: 90)
+    assert gpu_check.main(tmp_path, ["memcheck", "synccheck"]) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert list(record["steps"]) == ["memcheck", "synccheck"]
+    assert gpu_check.main(tmp_path, ["memcheck", "nonsense"]) == 2
+    assert "gpu-check: no step nonsense: build, tests, memcheck" in capsys.readouterr().err
+
+
 def test_a_late_step_is_stopped(tmp_path):
     with open(tmp_path / "log.txt", "w") as log:
         command = [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"]
