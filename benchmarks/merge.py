@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.merge", description="Merge results.")
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--commit", help="of runs that were made where there was no git")
+    parser.add_argument("--commit", help="of runs that name none, as where there was no git")
     options = parser.parse_args(arguments)
     try:
         runs = [_with_commit(read(path), path, options.commit) for path in options.runs]
@@ -101,10 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _with_commit(run: Run, path: Path, commit: str | None) -> Run:
-    if run.about.get("commit"):
+    named = run.about.get("commit")
+    if named and not named.endswith("-dirty"):
         return run
     if commit is None:
-        raise ValueError(f"{path} names no commit: name it by --commit")
+        raise ValueError(f"{path} names no commit but {named}: name it by --commit")
     return replace(run, about=run.about | {"commit": full(commit)})
 
 

@@ -112,7 +112,7 @@ def test_the_command_names_a_commit_and_predicts(tmp_path, capsys):
     run(ROWS, commit=None).write(tmp_path / "a.jsonl")
     out = tmp_path / "gpu" / "gpu.jsonl"
     assert merge.main([str(out), str(tmp_path / "a.jsonl")]) == 1
-    assert "a.jsonl names no commit: name it by --commit" in capsys.readouterr().err
+    assert "a.jsonl names no commit but None: name it by --commit" in capsys.readouterr().err
     assert merge.main([str(out), str(tmp_path / "a.jsonl"), "--commit", "nonsense"]) == 1
     assert "commit 'nonsense' is not in this checkout" in capsys.readouterr().err
     assert merge.main([str(out), str(tmp_path / "a.jsonl"), "--commit", "HEAD"]) == 0
