@@ -5,6 +5,7 @@ blocks of 64 only if it searches for its tiles, a minute for each shape."""
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,9 @@ from nabla import BlockMask
 
 # Its own tiles are larger than a block, and so are the warps that it takes for them.
 OPTIONS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+# Lists by key block are for the backward, as large as those by query block; old torch makes them.
+PARAMETERS = inspect.signature(FlexBlockMask.from_kv_blocks).parameters
+WITHOUT_COLUMNS = {"compute_q_blocks": False} if "compute_q_blocks" in PARAMETERS else {}
 SHAPES = 64  # that it is compiled for in a run; torch stops at eight
 
 
@@ -37,7 +41,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Callable[[], 
         indices.clone(),
         BLOCK_SIZE=mask.grid.block_size,
         seq_lengths=(mask.grid.num_tokens, mask.grid.num_tokens),
-        compute_q_blocks=False,  # which the backward would need
+        **WITHOUT_COLUMNS,
     )
     options = {"kernel_options": OPTIONS} if q.device.type == "cuda" else {}
     return lambda: compiled()(q, k, v, block_mask=lists, **options)
