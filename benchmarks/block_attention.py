@@ -31,9 +31,10 @@ from nabla import BlockMask, TokenGrid
 from nabla.dispatch import architecture
 
 STAGE = "block_attention"
-# Query blocks of a group, which load keys and values together; on Hopper, and elsewhere.
-HOPPER_SHARING, SHARING = 3, 2
-BACKWARD_SHARING = 2  # key blocks, which load queries together, and query blocks for dq alone
+# Blocks of a group, which load together: query blocks, and with gradients key blocks. On Hopper
+# those of the forward by head_dim, and those of dq.
+SHARING = 2
+HOPPER_SHARING, HOPPER_SHARING_OF_DQ = {64: 4, 128: 3}, 3
 BACKWARD_WORK = 3.5  # FLOPs of forward and backward over those of the forward
 GRAPHED = 4e12  # FLOPs of a longer forward, which launches do not delay
 
@@ -124,9 +125,9 @@ class _Attention:
         shared = self._unions(mask) if is_gpu else {}
         ours = self.case(OURS, _ours, mask, mask, **about, values=shared)
         cases = [ours]
-        if is_gpu and self.with_grad:
+        if is_gpu and self.with_grad and has_fast_gradients(self.shape.device):
             cases.append(deterministic(ours))
-        elif is_gpu and ours.row.flops < GRAPHED:
+        elif is_gpu and not self.with_grad and ours.row.flops < GRAPHED:
             cases.append(replace(ours, row=replace(ours.row, part="graph"), is_graph=True))
         for peer in with_role(peers, "sparse", self.shape.device, with_grad=self.with_grad):
             if peer.block == 64:
@@ -148,11 +149,13 @@ class _Attention:
 
     def _unions(self, mask: BlockMask) -> dict[str, float]:
         """What groups of blocks load together, which predictions start from."""
-        sharing = HOPPER_SHARING if architecture(self.shape.device) == 90 else SHARING
-        found = {"union": masks.union(mask, sharing)}
+        is_hopper = architecture(self.shape.device) == 90
+        sharing = HOPPER_SHARING.get(self.shape.workload.head_dim) if is_hopper else None
+        found = {"union": masks.union(mask, sharing or SHARING)}
         if self.with_grad:
-            found["union_of_keys"] = masks.union(mask, BACKWARD_SHARING, of_keys=True)
-            found["union_of_queries"] = masks.union(mask, BACKWARD_SHARING)
+            of_queries = HOPPER_SHARING_OF_DQ if is_hopper else SHARING
+            found["union_of_keys"] = masks.union(mask, SHARING, of_keys=True)
+            found["union_of_queries"] = masks.union(mask, of_queries)
         return found
 
     def dense(self, peer: Peer, everything: BlockMask) -> Case:
@@ -220,6 +223,11 @@ class _Attention:
             return max(found, of_gradients, key=lambda accuracy: accuracy.error / accuracy.allowed)
 
         return Case(row, forward_and_backward if self.with_grad else attend, check)
+
+
+def has_fast_gradients(device: torch.device) -> bool:
+    """Whether gradients are faster where they may differ from run to run."""
+    return (architecture(device) or 90) < 90
 
 
 def deterministic(case: Case) -> Case:

@@ -128,20 +128,19 @@ def _forward_sm90(head_dim: int, warps: int, stages: int) -> Attention:
     )
 
 
-def _backward_sm90(head_dim: int, stages: int) -> Iterator[Attention]:
-    """One pass for all, and the two of the deterministic mode."""
-    passes = (("", 1, 5, 1), (" of dk, dv", 0, 4, 0), (" of dq", 2, 3, 0))
-    for name, number, products, tiles_added in passes:
+def _backward_sm90(head_dim: int, stages: tuple[int, int]) -> Iterator[Attention]:
+    """Its two passes."""
+    passes = (("dk, dv", 0, 4, 2, stages[0]), ("dq", 1, 3, 3, stages[1]))
+    for name, number, products, warps, of_ring in passes:
         yield Attention(
-            label=f"sm_90a backward{name} D={head_dim}",
+            label=f"sm_90a backward of {name} D={head_dim}",
             pattern=f"attention_backward_kernel.*8BFloat16ELi{head_dim}EL.*PassE{number}E",
             architecture="sm_90a",
             head_dim=head_dim,
-            warps=2,
-            sharing=2,
-            stages=stages,
+            warps=warps,
+            sharing=warps,
+            stages=of_ring,
             products=products,
-            tiles_added=tiles_added,
         )
 
 
@@ -183,9 +182,9 @@ def _backward_sm80(head_dim: int, ctas: int) -> Iterator[Attention]:
 
 KERNELS = (
     _forward_sm90(128, warps=3, stages=6),
-    _forward_sm90(64, warps=3, stages=12),
-    *_backward_sm90(128, stages=3),
-    *_backward_sm90(64, stages=8),
+    _forward_sm90(64, warps=4, stages=11),
+    *_backward_sm90(128, stages=(3, 4)),
+    *_backward_sm90(64, stages=(8, 8)),
     _forward_sm80(128, ctas=2),
     _forward_sm80(64, ctas=2),
     *_backward_sm80(128, ctas=2),

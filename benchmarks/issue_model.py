@@ -301,6 +301,7 @@ def simulate(
     ctas: int = 1,
     stages: int = 2,
     rounds: int = 48,
+    apart: float = 0.0,
 ) -> float:
     """Return the cycles that a round of the loop takes, once it is in its stride.
 
@@ -310,6 +311,7 @@ def simulate(
         ctas: CTAs that a multiprocessor holds.
         stages: Rounds that a warp may be ahead of the others of its CTA.
         rounds: How many to simulate; the second half is measured.
+        apart: Cycles between the first instructions of a warp and the next.
 
     Returns:
         Cycles in which every warp has gone round the loop once.
@@ -318,6 +320,8 @@ def simulate(
     for _ in range(ctas):
         cta: list[Warp] = []
         warps += [Warp(program, cta) for program in programs]
+    for index, warp in enumerate(warps):
+        warp.ready = index * apart
     sub_partition = SubPartition(chip, warps, stages)
     ends: list[float] = []
     while len(ends) < rounds * len(warps):
@@ -326,6 +330,9 @@ def simulate(
             ends.append(warp.ends[-1])
     half = len(ends) // 2
     return (ends[-1] - ends[half - 1]) / (len(ends) - half) * len(warps)
+
+
+APART = (0.0, 60.0, 150.0, 300.0)  # cycles between the starts of warps, that are tried
 
 
 @dataclass(frozen=True)
@@ -345,7 +352,7 @@ class Attention:
     tiles_added: int = 0  # [64, head_dim] of 4 bytes that it adds in global memory
     multicast: int = 1  # CTAs that one read of L2 serves
     # Each warp has rows of the two query blocks, and multiplies for those that keep a block; else
-    # it has rows of one, and skips what that one does not keep.
+    # it has rows of one, and never sees what that one does not keep.
     spans_members: bool = False
 
     @property
@@ -411,12 +418,17 @@ def bound(loop: Loop, attention: Attention, union: float = 1.0) -> Bound:
     steps = {way: steps_of(way, chip, copied * blocks_of(way)) for way in {*chain(*ways)}}
     programs = [[steps[way] for way in of_warp] for of_warp in ways]
     length = len(programs[0])
-    cycles = simulate(
-        programs,
-        chip,
-        ctas=attention.ctas,
-        stages=attention.stages,
-        rounds=2 * length * math.ceil(16 / length),
+    # Warps that have come into step may stay so, and get in each other's way; a bound is of the best.
+    cycles = min(
+        simulate(
+            programs,
+            chip,
+            ctas=attention.ctas,
+            stages=attention.stages,
+            rounds=2 * length * math.ceil(16 / length),
+            apart=apart,
+        )
+        for apart in APART
     )
     blocks = sum(map(blocks_of, ways[0]))  # of one warp in all of its ways through the loop
     simulated = cycles * length / (blocks * attention.warps * attention.ctas)
@@ -448,24 +460,16 @@ def bound(loop: Loop, attention: Attention, union: float = 1.0) -> Bound:
 
 
 def _ways(loop: Loop, attention: Attention, union: float) -> list[list[tuple[Instruction, ...]]]:
-    """Ways through the blocks of a union, for each warp: of those that are kept, and of others."""
+    """Ways through the blocks of a union, for each warp: of its own, and of others that it sees."""
     warps = attention.warps
-    if union == 1:
+    if union == 1 or not attention.spans_members:
         return [[loop.path]] * warps
-    other = loop.part if attention.spans_members else loop.skip
-    if not other:
-        raise ValueError("the loop has no way past a block that a row does not keep")
     kept_rounds = 20  # of a row
     rounds = round(kept_rounds * union)
     # What a row does not keep is kept by the other one, and neither row's blocks are those of both.
-    others = (rounds - kept_rounds) * (2 if attention.spans_members else 1)
-    distance = rounds / others
-    ways = []
-    for warp in range(warps):
-        phase = 0.0 if attention.spans_members else warp / warps
-        gaps = {int((i + phase) * distance) for i in range(others)}
-        ways.append([other if i in gaps else loop.path for i in range(rounds)])
-    return ways
+    others = 2 * (rounds - kept_rounds)
+    gaps = {int(i * rounds / others) for i in range(others)}
+    return [[loop.part if i in gaps else loop.path for i in range(rounds)]] * warps
 
 
 def with_waits_first(loop: Loop) -> Loop:

@@ -370,7 +370,8 @@ def _attention_steps(
                 ]
                 for role in ("dense", "sparse")
             )
-            ours = 2 if with_grad else 1  # deterministic as well
+            is_twice = with_grad and block_attention.has_fast_gradients(shape.device)
+            ours = 2 if is_twice else 1  # deterministic as well
             return {"dense": len(dense), "sparse": pace.sparse * (ours + len(sparse))}
 
         flops = block_attention.cost(shape, specs, **counts(False))

@@ -93,9 +93,7 @@ class Loop:
     header: int
     blocks: frozenset[int]
     path: tuple[Instruction, ...]
-    # The shortest way past a stage of which nothing is multiplied; empty if there is none.
-    skip: tuple[Instruction, ...]
-    # Such a way as the path, by other products: of a stage of which less is multiplied; or empty.
+    # Such a way by other products: of a stage of which less is multiplied; empty if there is none.
     part: tuple[Instruction, ...]
 
     def count(self, *names: str) -> int:
@@ -187,20 +185,7 @@ class Kernel:
         multiplied = {i.address for i in path if _products([i])}
         others = (b for b in blocks if all(i.address not in multiplied for i in self.blocks[b]))
         part = way(header, others)
-        # A stage is passed over by a round of this loop, or of one inside it that releases stages.
-        idle = frozenset(b for b in blocks if not _products(self.blocks[b]))
-        inner = [(h, body) for h, body in self.loops.items() if body < idle]
-        ways = [way(header, idle), *(way(h, body) for h, body in inner if self._releases(body))]
-        return Loop(
-            header,
-            blocks,
-            path=path,
-            skip=min(filter(None, ways), key=len, default=()),
-            part=part if _products(part) else (),
-        )
-
-    def _releases(self, blocks: Iterable[int]) -> bool:
-        return any(i.opcode.startswith("SYNCS.ARRIVE") for b in blocks for i in self.blocks[b])
+        return Loop(header, blocks, path=path, part=part if _products(part) else ())
 
 
 def read_kernels(path: str | Path, pattern: str = "") -> list[Kernel]:

@@ -16,16 +16,13 @@ NVCC = Path(__file__).parent.parent / "csrc/cuda/checked_nvcc.py"
 REGISTERS = 65536  # of a multiprocessor
 TENSOR_CORES = {"sm_90a": "HGMMA"}  # elsewhere HMMA
 COPIES = {"sm_90a": ("UTMALDG", "UBLKCP")}  # elsewhere LDGSTS, which is cp.async
-ADDS = {"sm_90a": "UBLKRED"}  # of bulk copies; elsewhere RED, of registers
 AT_LEAST = {  # TFLOP/s, of a union of 1.1
-    "sm_90a forward D=128": 600,
-    "sm_90a forward D=64": 480,
-    "sm_90a backward D=128": 520,
+    "sm_90a forward D=128": 700,
+    "sm_90a forward D=64": 520,
     "sm_90a backward of dk, dv D=128": 660,
-    "sm_90a backward of dq D=128": 640,
-    "sm_90a backward D=64": 450,
-    "sm_90a backward of dk, dv D=64": 560,
-    "sm_90a backward of dq D=64": 480,
+    "sm_90a backward of dq D=128": 680,
+    "sm_90a backward of dk, dv D=64": 580,
+    "sm_90a backward of dq D=64": 680,
     "sm_80 forward D=128": 200,
     "sm_80 forward D=64": 150,
     "sm_80 backward D=128": 190,
@@ -148,12 +145,12 @@ def test_attention_multiplies_on_tensor_cores_and_copies_asynchronously(kernels)
 
 
 def test_one_pass_of_the_backward_adds_to_dq(kernels):
-    """The passes of the deterministic mode add nothing in global memory."""
+    """Other kernels add nothing in global memory: what they compute has the same bits each time."""
     backward = {n: k for n, k in kernels.items() if "attention_backward" in n}
     for name, kernel in backward.items():
-        adds = {i.name for i in kernel.find("RED", "ATOMG", *ADDS.values())}
-        is_one_pass = re.search(r"PassE1>|keys_kernel<\w+, \d+, 1>", name)
-        assert adds == ({ADDS.get(kernel.architecture, "RED")} if is_one_pass else set()), name
+        adds = {i.name for i in kernel.find("RED", "ATOMG", "UBLKRED")}
+        is_one_pass = re.search(r"keys_kernel<\w+, \d+, 1>", name)
+        assert adds == ({"RED"} if is_one_pass else set()), name
 
 
 def test_selection_multiplies_exactly(kernels):
@@ -183,9 +180,8 @@ def test_bounds(attention, loop, record_property):
 
 
 @of_architecture("sm_90a")
-@pytest.mark.parametrize("warps, factor", [(1, 1.1), (None, 1.01)], ids=["alone", "together"])
-def test_waiting_earlier_is_slower(attention, loop, warps, factor):
-    """Other warp groups hide most of what a warp group waits for, but not all."""
-    group = replace(attention, warps=warps or attention.warps)
-    slow, fast = (bound(x, group, 1.1).simulated for x in (with_waits_first(loop), loop))
-    assert slow > factor * fast
+def test_waiting_earlier_is_slower(attention, loop):
+    """For a warp group by itself: what it waits for, others hide, three of them nearly all."""
+    alone = replace(attention, warps=1)
+    slow, fast = (bound(x, alone, 1.1).simulated for x in (with_waits_first(loop), loop))
+    assert slow > 1.1 * fast

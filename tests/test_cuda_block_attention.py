@@ -104,6 +104,17 @@ def test_rows_that_drift_apart(schedule, head_dim):
     assert_exact(q[:, :, : 3 * 64], k, v, keep, grid)
 
 
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.3])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rows_that_share_little(schedule, head_dim, share):
+    """Where a slot of a ring is used for other rows in between, some rounds long."""
+    grid = TokenGrid(120, 8, 8)
+    q, k, v, _, keep = problem(grid, (1, 1), head_dim, torch.bfloat16, share=share)
+    emulated.configure(schedule, 1)
+    assert_exact(q[:, :, : 3 * 64], k, v, keep[:, :, :3], grid)
+
+
 def test_long_rows():
     """Of more words than a warp has lanes, and of more blocks than are listed at a time."""
     grid = TokenGrid(1100, 8, 8)

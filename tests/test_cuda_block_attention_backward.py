@@ -66,8 +66,8 @@ def test_gradients_through_lse(mode):
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule(schedule, head_dim, mode):
-    """Columns of different lengths, and none: the same bits, but for dq in the fast mode."""
+def test_every_schedule(schedule, head_dim, mode, architecture):
+    """Columns of different lengths, and none: the same bits, but for dq in sm_80's fast mode."""
     grid = TokenGrid(2, 9, 12, extra=3)
     q, k, v, dout, keep = problem(grid, (2, 1), head_dim, torch.bfloat16, share=0.6, empty=True)
     keep[..., 2] = False
@@ -77,10 +77,20 @@ def test_every_schedule(schedule, head_dim, mode):
     emulated.configure(schedule, 1)
     actual = gradients(ours(mask), q, k, v, dout)
     for index, (x, y) in enumerate(zip(actual, expected, strict=True)):
-        if index == 2 and mode == "fast":
+        if index == 2 and mode == "fast" and architecture == 80:
             torch.testing.assert_close(x, y, atol=1e-2, rtol=1e-2)
         else:
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_blocks_that_share_little(schedule, head_dim):
+    """Where a slot of the ring is used for other blocks in between, some rounds long."""
+    grid = TokenGrid(24, 8, 8)
+    q, k, v, dout, keep = problem(grid, (1, 1), head_dim, torch.bfloat16, share=0.12)
+    emulated.configure(schedule, 1)
+    check(q, k, v, dout, keep, grid, BACKEND)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -1,11 +1,5 @@
-// What every architecture does before and after its products of the backward.
-//
-//   prepare   delta = rowsum(dout * out) - dlse and lse * log2(e), of whole blocks; sums of dq = 0
-//   finish    dq = scale * sums
-//
-// The sums of a block [64, D] lie as 128 threads hold them in accumulators of mma and wgmma: values
-// 4 i to 4 i + 3 of thread t belong to columns c, c + 1, c, c + 1 of rows r, r, r + 8, r + 8, where
-// c = 8 i + 2 (t % 4) and r = 16 (t / 32) + t % 32 / 4. SumOrder tells which of them lie together.
+// What every architecture does before its products of the backward, in whole blocks:
+// delta = rowsum(dout * out) - dlse, and lse * log2(e); sums of dq = 0, if there are any.
 #pragma once
 
 #include <cmath>
@@ -18,11 +12,6 @@
 
 namespace nabla::cuda {
 namespace {  // an architecture has its own kernels
-
-enum class SumOrder {
-    kByThread,  // float4 128 i + t: the 4 values of a thread, for copies of 16 bytes
-    kByValue,   // float 128 (4 i + n) + t: a value of 128 threads, for adds of one a thread
-};
 
 constexpr int kThreadsOfBlock = 128;
 
@@ -97,44 +86,6 @@ attention_prepare_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
         ptx::store_global(sums + i * kThreadsOfBlock + thread, ptx::F32x4{});
 }
 
-// A thread takes 8 channels of two rows, which four threads summed.
-template <class T, int kD, SumOrder kOrder>
-NABLA_KERNEL(kThreadsOfBlock, 6)
-attention_finish_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
-    const QueryBlock block(p.forward);
-    const float scale = p.forward.scale;
-    const auto* sums =
-        reinterpret_cast<const ptx::F32x4*>(p.dq_sums + block.tile * (kBlock * kD));
-    NABLA_UNROLL
-    for (int first = 0; first < kBlock / 2 * kD / 8; first += kThreadsOfBlock) {
-        const int unit = first + static_cast<int>(ptx::thread_index());
-        const int i = unit % (kD / 8), quad = unit / (kD / 8);
-        constexpr bool kByThread = kOrder == SumOrder::kByThread;
-        ptx::F32x4 x[4];  // of four threads, or of each of four values
-        NABLA_UNROLL
-        for (int n = 0; n < 4; ++n)
-            x[n] = ptx::load_global_nc(sums + (kByThread
-                                                   ? i * kThreadsOfBlock + 4 * quad + n
-                                                   : (4 * i + n) * (kThreadsOfBlock / 4) + quad));
-        ptx::U32x4 packed[2];
-        NABLA_UNROLL
-        for (int lane = 0; lane < 4; ++lane) {
-            const auto value = [&](int n) {
-                return scale * (kByThread ? x[lane].v[n] : x[n].v[lane]);
-            };
-            packed[0].v[lane] = ptx::pack<T>(value(0), value(1));
-            packed[1].v[lane] = ptx::pack<T>(value(2), value(3));
-        }
-        NABLA_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            const int row = quad / 8 * 16 + quad % 8 + 8 * r;
-            if (row < block.run.size)
-                ptx::store_global(reinterpret_cast<ptx::U32x4*>(block.row<T>(p.dq, row) + 8 * i),
-                                  packed[r]);
-        }
-    }
-}
-
 inline void launch_on_query_blocks(void (*kernel)(AttentionBackwardParams), const char* name,
                                    const AttentionBackwardParams& p) {
     const AttentionParams& f = p.forward;
@@ -145,11 +96,6 @@ inline void launch_on_query_blocks(void (*kernel)(AttentionBackwardParams), cons
 template <class T, int kD>
 void launch_prepare(const AttentionBackwardParams& p) {
     launch_on_query_blocks(attention_prepare_kernel<T, kD>, "attention_prepare", p);
-}
-
-template <class T, int kD, SumOrder kOrder>
-void launch_finish(const AttentionBackwardParams& p) {
-    launch_on_query_blocks(attention_finish_kernel<T, kD, kOrder>, "attention_finish", p);
 }
 
 }  // namespace

@@ -307,8 +307,11 @@ NABLA_DEVICE void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-NABLA_DEVICE void mbarrier_arrive(uint32_t mbarrier) {
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(mbarrier)
+// As often as so many threads would.
+NABLA_DEVICE void mbarrier_arrive(uint32_t mbarrier, uint32_t count = 1) {
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0], %1;\n}" ::"r"(
+                     mbarrier),
+                 "r"(count)
                  : "memory");
 }
 

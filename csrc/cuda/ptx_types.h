@@ -60,6 +60,11 @@ NABLA_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_
            uint64_t{(stride_bytes >> 4) & 0x3fffu} << 32 | uint64_t{1} << 62;
 }
 
+// The descriptor of a matrix that lies so many units of 16 bytes further on.
+NABLA_HOST_DEVICE uint64_t moved(uint64_t descriptor, uint32_t units) {
+    return (descriptor & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(descriptor) + units);
+}
+
 // A launch on a one-dimensional grid.
 struct LaunchShape {
     const char* name;       // of the kernel, for errors

@@ -45,9 +45,9 @@ struct QueryRows {
 
     // out and lse of rows first .. first + 15 of a member, as far as it has them; 0 and -inf of one
     // that has kept nothing. A warp calls it; `out` are unscaled sums in accumulators.
-    template <class T, int kCount>
+    template <class T, int kCount, bool kKeepsBounds>
     NABLA_DEVICE void store(const BlockRun& run, int first, const float (&out)[kCount],
-                            Softmax& softmax) const {
+                            Softmax<kKeepsBounds>& softmax) const {
         softmax.gather_sums();
         float* lse =
             p.lse + (static_cast<int64_t>(batch) * p.heads + head) * query_blocks(p).tokens();

@@ -4,8 +4,8 @@
 // reference of a row. It need not be the largest score: it follows one that would weigh more than 1
 // and more than an eighth of the sum so far. So what dominates a row weighs 1, which bf16 holds
 // exactly, and most blocks move no reference, which takes shuffles and rescales what has been
-// summed. The difference comes before the scale: beside a product that was rounded, a fused one
-// would leave the rounding of large scores in the weights.
+// summed. Where references are large the difference comes before the scale: beside a product that
+// was rounded, a fused one would leave the rounding in the weights.
 #pragma once
 
 #include <cfloat>
@@ -18,6 +18,8 @@ namespace nabla {
 
 constexpr float kLog2E = 1.44269504f;
 
+// kKeepsBounds: whether there are registers for bounds of the scores, which save instructions.
+template <bool kKeepsBounds>
 class Softmax {
   public:
     // Of the scale without its sign. One of 0 still makes -inf of a score of -inf.
@@ -36,8 +38,12 @@ class Softmax {
     NABLA_DEVICE bool move_references(const float (&scores)[kScores], float (&factors)[2]) {
         float largest[2];
         find_largest(scores, largest);
-        if (!ptx::any(largest[0] > reference_[0] || largest[1] > reference_[1])) return false;
-        if (!ptx::any(has_to_follow(0, largest[0]) || has_to_follow(1, largest[1]))) return false;
+        const float(&low)[2] = kKeepsBounds ? bounds_ : reference_;
+        if (!ptx::any(largest[0] > low[0] || largest[1] > low[1])) return false;
+        const float bounds[2] = {reference_[0] + slack(0), reference_[1] + slack(1)};
+        if (kKeepsBounds) bounds_[0] = bounds[0], bounds_[1] = bounds[1];
+        if (!ptx::any(largest[0] > bounds[0] || largest[1] > bounds[1])) return false;
+        is_large_ = false;
         NABLA_UNROLL
         for (int r = 0; r < 2; ++r) {
             float reference = fmaxf(reference_[r], largest[r]);
@@ -46,18 +52,28 @@ class Softmax {
                 reference = fmaxf(reference, ptx::shuffle_xor(reference, mask));
             factors[r] = weight(reference_[r], reference);
             reference_[r] = reference;
+            if (kKeepsBounds) bounds_[r] = reference;
             sum_[r] *= factors[r];
+            is_large_ |= !(fabsf(reference * scale_log2_) < kLarge);
         }
+        is_large_ = ptx::any(is_large_);
         return true;
     }
 
     // Scores become weights.
     NABLA_DEVICE void exponentiate(float (&scores)[kScores]) {
-        NABLA_UNROLL
-        for (int i = 0; i < kScores; ++i) {
-            scores[i] = weight(scores[i], reference_[row_of(i)]);
-            sum_[row_of(i)] += scores[i];
+        if (!kKeepsBounds || is_large_) {
+            NABLA_UNROLL
+            for (int i = 0; i < kScores; ++i)
+                scores[i] = weight(scores[i], reference_[row_of(i)]);
+        } else {
+            const float scaled[2] = {reference_[0] * scale_log2_, reference_[1] * scale_log2_};
+            NABLA_UNROLL
+            for (int i = 0; i < kScores; ++i)
+                scores[i] = ptx::exp2(fmaf(scores[i], scale_log2_, -scaled[row_of(i)]));
         }
+        NABLA_UNROLL
+        for (int i = 0; i < kScores; ++i) sum_[row_of(i)] += scores[i];
     }
 
     // From sums over the columns of a thread to sums of rows.
@@ -93,14 +109,18 @@ class Softmax {
         return ptx::exp2((score - reference) * scale_log2_);
     }
 
-    // Whether the reference of a row has to follow a score. fp16 has to hold the weights, too.
-    NABLA_DEVICE bool has_to_follow(int r, float score) const {
-        const float slack = fminf(fmaxf(ptx::log2(sum_[r]) - 3, 0.0f), 8.0f);
-        return (score - reference_[r]) * scale_log2_ > slack;
+    // By how much a score may exceed the reference of its row: 2^8 is a weight that fp16 holds.
+    NABLA_DEVICE float slack(int r) const {
+        return fminf(fmaxf(ptx::log2(sum_[r]) - 3, 0.0f), 8.0f) / scale_log2_;
     }
+
+    // References from which on a rounding of 2^-24 of them shows in weights of fp16.
+    static constexpr float kLarge = 1024.0f;
 
     float scale_log2_;
     float reference_[2] = {-FLT_MAX, -FLT_MAX};
+    float bounds_[2] = {-FLT_MAX, -FLT_MAX};  // up to here scores move no reference
+    bool is_large_ = true;                    // a reference of the warp
     float sum_[2] = {0.0f, 0.0f};
 };
 

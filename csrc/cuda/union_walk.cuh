@@ -15,8 +15,8 @@ struct KeptBlock {
     uint32_t members;  // bit r: row r keeps it
 };
 
-// A warp walks together: lane l holds word l of 32 words of each row, and where the block of bit l
-// of the current word lies.
+// A warp walks together: lane l holds word l of 32 words of each row, and of the block of bit l of
+// the current word where it lies and which rows keep it.
 template <int kRows>
 class UnionWalk {
   public:
@@ -36,10 +36,9 @@ class UnionWalk {
         const uint32_t bit = ptx::trailing_zeros(left_);
         left_ &= left_ - 1;
         kept.index = 32 * at_ + static_cast<int32_t>(bit);
-        kept.run = {ptx::shuffle(run_.first, bit), ptx::shuffle(run_.size, bit)};
-        kept.members = 0;
-        NABLA_UNROLL
-        for (int r = 0; r < kRows; ++r) kept.members |= (word_[r] >> bit & 1) << r;
+        const auto packed = ptx::shuffle(run_.size << kRows | static_cast<int32_t>(members_), bit);
+        kept.run = {ptx::shuffle(run_.first, bit), packed >> kRows};
+        kept.members = packed & ((1 << kRows) - 1);
         return true;
     }
 
@@ -50,10 +49,7 @@ class UnionWalk {
             if (!next_word()) return false;
         kept.index = 32 * at_ + static_cast<int32_t>(ptx::lane_index());
         kept.run = run_;
-        kept.members = 0;
-        NABLA_UNROLL
-        for (int r = 0; r < kRows; ++r)
-            kept.members |= (word_[r] >> ptx::lane_index() & 1) << r;
+        kept.members = members_;
         return true;
     }
     // With which word it goes on; behind the last, that is their number.
@@ -63,11 +59,13 @@ class UnionWalk {
     NABLA_DEVICE bool next_word() {
         if (++at_ >= words_) return false;
         if ((at_ - first_) % 32 == 0) load_words();
+        members_ = 0;
         NABLA_UNROLL
         for (int r = 0; r < kRows; ++r) {
-            word_[r] = ptx::shuffle(loaded_[r], (at_ - first_) % 32);
-            left_ |= word_[r];
+            const uint32_t word = ptx::shuffle(loaded_[r], (at_ - first_) % 32);
+            members_ |= (word >> ptx::lane_index() & 1) << r;
         }
+        left_ = ptx::ballot(members_ != 0);
         run_ = blocks_.run(32 * at_ + static_cast<int32_t>(ptx::lane_index()));
         return true;
     }
@@ -87,9 +85,9 @@ class UnionWalk {
     int32_t first_;           // the first word
     int32_t at_;              // the current word
     uint32_t loaded_[kRows];  // of 32 words, that of the lane
-    uint32_t word_[kRows];    // word at_
     uint32_t left_ = 0;       // bits of the current word, of any row, that are still to come
     BlockRun run_;            // of block 32 * at_ + lane
+    uint32_t members_;        // of that block
 };
 
 }  // namespace nabla

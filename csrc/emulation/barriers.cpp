@@ -76,15 +76,17 @@ void Cta::mbarrier_init(uint32_t address, uint32_t count, uint32_t site) {
     mbarriers.push_back(std::move(barrier));
 }
 
-void Cta::mbarrier_arrive(Mbarrier& barrier, uint32_t expected_bytes, uint32_t site) {
-    if (!barrier.pending)
+void Cta::mbarrier_arrive(Mbarrier& barrier, uint32_t count, uint32_t expected_bytes,
+                          uint32_t site) {
+    if (!count) fail("an arrival of 0 at an mbarrier: at least 1", site);
+    if (barrier.pending < count)
         fail("one arrival too many at the mbarrier at byte " +
                  std::to_string(barrier.address - kSharedBase) + " " + phase_text(barrier),
              site);
     barrier.bytes += expected_bytes;
     if (barrier.bytes > kMaxBytes)
         fail("an mbarrier's phase waits for at most " + std::to_string(kMaxBytes) + " bytes", site);
-    --barrier.pending;
+    barrier.pending -= count;
     release(self(), barrier.gathering);
     mbarrier_complete(barrier, site);
 }

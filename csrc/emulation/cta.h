@@ -330,7 +330,8 @@ class Cta {
     void barrier(uint32_t id, uint32_t threads, bool wait, uint32_t site);
     Mbarrier& mbarrier(uint32_t address, uint32_t site);
     void mbarrier_init(uint32_t address, uint32_t count, uint32_t site);
-    void mbarrier_arrive(Mbarrier& barrier, uint32_t expected_bytes, uint32_t site);
+    void mbarrier_arrive(Mbarrier& barrier, uint32_t count, uint32_t expected_bytes,
+                         uint32_t site);
     void mbarrier_complete(Mbarrier& barrier, uint32_t site);
     // Whether that phase is complete; then its knowledge is acquired.
     bool mbarrier_test(Mbarrier& barrier, uint32_t parity, uint32_t site);

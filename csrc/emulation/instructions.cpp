@@ -443,12 +443,12 @@ void fence_mbarrier_init(Site where) {
         if (barrier->init.agent == Cta::self().index) barrier->init_fenced = true;
 }
 
-void mbarrier_arrive(uint32_t mbarrier, Site where) {
+void mbarrier_arrive(uint32_t mbarrier, uint32_t count, Site where) {
     Cta& cta = Cta::current();
     uint32_t site;
     if (cta.enter(Instruction::kMbarrierArrive, where, site)) return;
     cta.maybe_yield(Cta::self());
-    cta.mbarrier_arrive(cta.mbarrier(mbarrier, site), 0, site);
+    cta.mbarrier_arrive(cta.mbarrier(mbarrier, site), count, 0, site);
 }
 
 void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes, Site where) {
@@ -456,7 +456,7 @@ void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes, Site where) {
     uint32_t site;
     if (cta.enter(Instruction::kMbarrierArriveExpectTx, where, site)) return;
     cta.maybe_yield(Cta::self());
-    cta.mbarrier_arrive(cta.mbarrier(mbarrier, site), bytes, site);
+    cta.mbarrier_arrive(cta.mbarrier(mbarrier, site), 1, bytes, site);
 }
 
 bool mbarrier_try_wait(uint32_t mbarrier, uint32_t parity, Site where) {

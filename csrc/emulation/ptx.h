@@ -226,7 +226,7 @@ bool elect_one(Site site = Site::here());
 
 void mbarrier_init(uint32_t mbarrier, uint32_t count, Site site = Site::here());
 void fence_mbarrier_init(Site site = Site::here());
-void mbarrier_arrive(uint32_t mbarrier, Site site = Site::here());
+void mbarrier_arrive(uint32_t mbarrier, uint32_t count = 1, Site site = Site::here());
 void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes, Site site = Site::here());
 bool mbarrier_try_wait(uint32_t mbarrier, uint32_t parity, Site site = Site::here());
 void mbarrier_wait(uint32_t mbarrier, uint32_t parity, Site site = Site::here());

@@ -108,14 +108,20 @@ def launch(
     """
     pointers = {name: with_tensors_as(Tensor.data_ptr, value) for name, value in fields.items()}
     pointers["grid"] = tuple(grid.as_ints())
+    chosen = kernels_architecture(device)
     if device.type == "cpu":
         with _touchable(fields, writes):
-            getattr(native("_cuda_emulated"), stage)(_emulated_architecture, **pointers)
+            getattr(native("_cuda_emulated"), stage)(chosen, **pointers)
         return
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        chosen = _chosen_architecture or architecture(device)
         getattr(native("_cuda"), stage)(chosen, stream=stream, **pointers)
+
+
+def kernels_architecture(device: torch.device) -> int:
+    """Return whose kernels are launched: the device's own, emulated ones on a CPU, or as asked."""
+    own = architecture(device)
+    return _emulated_architecture if own is None else _chosen_architecture or own
 
 
 def with_aligned_rows(x: Tensor) -> Tensor:

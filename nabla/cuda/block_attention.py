@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla.cuda import launch, with_aligned_rows
+from nabla.cuda import kernels_architecture, launch, with_aligned_rows
 from nabla.cuda.block_mask import transposed_bits
 from nabla.grid import TokenGrid
 from nabla.native import attention_fields, gradient_fields, with_contiguous_rows
@@ -44,7 +44,8 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients (dq, dk, dv), with the strides of q, k and v.
 
-    dk and dv have the same bits each time; dq, if torch is asked for deterministic algorithms.
+    They have the same bits each time; dq on sm_80 to sm_89, if torch is asked for deterministic
+    algorithms.
     """
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     dout, q, k, v, out = (with_aligned_rows(x) for x in (dout, q, k, v, out))
@@ -53,7 +54,7 @@ def attention_bwd(
     blocks = (*q.shape[:2], bits.shape[2])
     delta = lse.new_empty(*blocks, 2, grid.block_size)
     sums = None
-    if not torch.are_deterministic_algorithms_enabled():
+    if kernels_architecture(q.device) < 90 and not torch.are_deterministic_algorithms_enabled():
         sums = lse.new_empty(*blocks, grid.block_size, q.shape[3])
     launch(
         "attention_backward",

@@ -55,7 +55,7 @@ class Warp {
           first_row_(16 * static_cast<int>(ptx::warp_index())),
           copy_keys_(elements<T>(p.k, Rows(p).batch, Rows(p).kv_head(), 0), p.k.stride_s),
           copy_values_(elements<T>(p.v, Rows(p).batch, Rows(p).kv_head(), 0), p.v.stride_s),
-          softmax_{Softmax(p.scale), Softmax(p.scale)} {}
+          softmax_{Softmax<false>(p.scale), Softmax<false>(p.scale)} {}
 
     NABLA_DEVICE void run() {
         fill_list(0);
@@ -152,7 +152,7 @@ class Warp {
         }
         for_each<kKept>([&](int member) {
             if (p_.scale < 0) negate(scores[member]);
-            if (size < kBlock) Softmax::mask_from(size, scores[member]);
+            if (size < kBlock) Softmax<false>::mask_from(size, scores[member]);
             float factors[2];
             if (softmax_[member].move_references(scores[member], factors)) {
                 NABLA_UNROLL
@@ -204,7 +204,7 @@ class Warp {
     const int first_row_;  // of the 16 in a block
     const Copy copy_keys_, copy_values_;
 
-    Softmax softmax_[kMembers];
+    Softmax<false> softmax_[kMembers];
     float out_[kMembers][kD / 2] = {};
 };
 

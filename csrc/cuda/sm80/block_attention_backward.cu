@@ -481,6 +481,44 @@ attention_backward_queries_kernel(const NABLA_GRID_CONSTANT AttentionBackwardPar
     QueryWarp<T, kD>(p).run();
 }
 
+// ---- sums of dQ ----
+
+// dQ = scale * sums. Those of a block [64, D] lie as 128 threads hold them in accumulators of mma:
+// float 128 (4 i + n) + t is value n of thread t, in column c + n % 2 of row r + 8 (n / 2), where
+// c = 8 i + 2 (t % 4) and r = 16 (t / 32) + t % 32 / 4. A thread takes 8 channels of two rows,
+// which four threads summed.
+template <class T, int kD>
+NABLA_KERNEL(kThreads, 6)
+attention_finish_kernel(const NABLA_GRID_CONSTANT AttentionBackwardParams p) {
+    const cuda::QueryBlock block(p.forward);
+    const float scale = p.forward.scale;
+    const auto* sums =
+        reinterpret_cast<const ptx::F32x4*>(p.dq_sums + block.tile * (kBlock * kD));
+    NABLA_UNROLL
+    for (int first = 0; first < kBlock / 2 * kD / 8; first += kThreads) {
+        const int unit = first + static_cast<int>(ptx::thread_index());
+        const int i = unit % (kD / 8), quad = unit / (kD / 8);
+        ptx::F32x4 x[4];  // each of four values, of four threads
+        NABLA_UNROLL
+        for (int n = 0; n < 4; ++n)
+            x[n] = ptx::load_global_nc(sums + (4 * i + n) * (kThreads / 4) + quad);
+        ptx::U32x4 packed[2];
+        NABLA_UNROLL
+        for (int lane = 0; lane < 4; ++lane) {
+            const auto value = [&](int n) { return scale * x[n].v[lane]; };
+            packed[0].v[lane] = ptx::pack<T>(value(0), value(1));
+            packed[1].v[lane] = ptx::pack<T>(value(2), value(3));
+        }
+        NABLA_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            const int row = quad / 8 * 16 + quad % 8 + 8 * r;
+            if (row < block.run.size)
+                ptx::store_global(reinterpret_cast<ptx::U32x4*>(block.row<T>(p.dq, row) + 8 * i),
+                                  packed[r]);
+        }
+    }
+}
+
 // ---- launches ----
 
 template <class T, int kD, bool kAddsQueries>
@@ -503,22 +541,26 @@ void launch_queries(const AttentionBackwardParams& p) {
         p);
 }
 
+template <class T, int kD>
+void launch_finish(const AttentionBackwardParams& p) {
+    cuda::launch_on_query_blocks(attention_finish_kernel<T, kD>, "attention_finish", p);
+}
+
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
-    cuda::with_type_and_head_dim(p.forward.dtype, p.forward.head_dim,
-                                 [&](auto type, auto head_dim) {
-                                     using T = decltype(type);
-                                     constexpr int kD = decltype(head_dim)::value;
-                                     cuda::launch_prepare<T, kD>(p);
-                                     if (p.dq_sums) {
-                                         launch_keys<T, kD, true>(p);
-                                         cuda::launch_finish<T, kD, cuda::SumOrder::kByValue>(p);
-                                     } else {
-                                         launch_keys<T, kD, false>(p);
-                                         launch_queries<T, kD>(p);
-                                     }
-                                 });
+    cuda::with_type_and_head_dim(p.forward.dtype, p.forward.head_dim, [&](auto type, auto dim) {
+        using T = decltype(type);
+        constexpr int kD = decltype(dim)::value;
+        cuda::launch_prepare<T, kD>(p);
+        if (p.dq_sums) {
+            launch_keys<T, kD, true>(p);
+            launch_finish<T, kD>(p);
+        } else {
+            launch_keys<T, kD, false>(p);
+            launch_queries<T, kD>(p);
+        }
+    });
 }
 
 }  // namespace nabla::sm80

@@ -14,7 +14,7 @@
 namespace nabla::sm90 {
 
 constexpr int kPanelBytes = kBlock * 128;
-constexpr int kWarpgroup = 128;  // threads
+constexpr int kWarpgroup = 128, kWarps = 4;  // threads and warps of a warpgroup
 
 // ---- tiles ----
 
@@ -24,12 +24,12 @@ NABLA_DEVICE uint32_t piece_of_tile(uint32_t tile, int row, int piece) {
 }
 
 // From the descriptor of a tile whose channels are summed over to that of its 16 channels c.
-NABLA_DEVICE constexpr uint64_t channel_chunk(int c) {
+NABLA_DEVICE constexpr uint32_t channel_chunk(int c) {
     return (c / 4 * kPanelBytes + c % 4 * 32) / 16;
 }
 
 // From the descriptor of a tile whose rows are summed over to that of its 16 rows c.
-NABLA_DEVICE constexpr uint64_t row_chunk(int c) { return c * 16 * 128 / 16; }
+NABLA_DEVICE constexpr uint32_t row_chunk(int c) { return c * 16 * 128 / 16; }
 
 // Copies the tile that begins with `token`; its bytes are added to the phase of the barrier.
 template <int kPanels>
