@@ -167,7 +167,8 @@ def _seconds(row: Row) -> float:
 
 
 def _ms(row: Row) -> str:
-    return f"{1e3 * _seconds(row):#.3g}".rstrip(".")
+    ms = 1e3 * _seconds(row)
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:#.3g}"
 
 
 def _ratio(slower: Row, faster: Row) -> float:

@@ -51,7 +51,7 @@ RATES = (
     Rate("exp2", "lanes/clk", 16, 16, GUIDE + ": ex2"),
     Rate("shuffle", "lanes/clk", 32, 32, GUIDE + ": warp shuffle"),
     Rate("shared", "B/clk", 128, 128, "programming guide: 32 banks of 4 bytes"),
-    Rate("l2", "TB/s", 5.5, 3.6, "assumed; A100: 2,560 B/clk, its slices by Nsight Compute"),
+    Rate("l2", "TB/s", 8.4, 3.6, "measured (benchmarks/l2.py); A100: 2,560 B/clk, by its slices"),
     Rate("latency of exp2", "clk", 20, 20, "assumed"),
     Rate("latency of shared memory", "clk", 30, 30, "assumed; also of shuffles and barriers"),
     Rate("latency of a product", "clk", 32, 32, "assumed, from the end of its slot to its result"),
@@ -418,7 +418,7 @@ def bound(loop: Loop, attention: Attention, union: float = 1.0) -> Bound:
     steps = {way: steps_of(way, chip, copied * blocks_of(way)) for way in {*chain(*ways)}}
     programs = [[steps[way] for way in of_warp] for of_warp in ways]
     length = len(programs[0])
-    # Warps that have come into step may stay so, and get in each other's way; a bound is of the best.
+    # Warps that come into step may stay so, and get in each other's way; a bound is of the best.
     cycles = min(
         simulate(
             programs,
