@@ -1,10 +1,13 @@
-"""Every device gives the same masks, attention and gradients."""
+"""Every device gives the same masks, attention and gradients; streamed models need little of it."""
 
 import pytest
 import torch
 from test_block_mask import smooth_tokens
+from torch import nn
 
 import nabla
+from kandinsky_model import CrossDiT, CrossDiTConfig
+from kandinsky_model.memory import crossdit, model_activations, streamed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GRID = nabla.TokenGrid(3, 20, 28, extra=10)
@@ -45,3 +48,38 @@ def test_every_precision_is_close(device, dtype):
     for actual, exact in pairs:
         error = (actual - exact).abs().max() / exact.abs().max()
         assert error < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("top_p", [None, 0.5], ids=["dense", "nabla"])
+def test_a_model_streamed_to_cuda(top_p):
+    """The same bits as on the device, and no more memory there than two blocks and the rest."""
+    config = CrossDiTConfig(
+        model_dim=1024, ff_dim=4096, time_dim=256, num_text_blocks=2, num_visual_blocks=8,
+        axes_dims=(16, 24, 24), top_p=top_p,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = CrossDiT(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    model.cast(torch.bfloat16)
+    inputs = [
+        torch.randn(size, device="cuda", dtype=torch.bfloat16)
+        for size in ((1, 4, 64, 64, config.input_dim), (1, 5, config.in_text_dim))
+    ]
+    inputs += [torch.randn(1, config.in_text_dim2, device="cuda", dtype=torch.bfloat16)]
+    inputs += [torch.tensor([0.5], device="cuda")]
+    with torch.no_grad():
+        model.to("cuda")
+        expected = model(*inputs)
+        model.to("cpu")
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with streamed(model, "cuda"):
+            actual = [model(*inputs) for _ in range(3)]
+        peak = torch.cuda.max_memory_allocated() - before
+    assert all(torch.equal(x, expected) for x in actual)
+    part = crossdit(config)
+    assert peak < part.weights
+    assert peak < 1.2 * (part.streamed + model_activations(config, 4 * 32 * 32))
