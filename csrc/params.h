@@ -135,8 +135,9 @@ struct AttentionBackwardParams {
     const uint32_t* columns;   // [B, Hq, N, ceil(Nq / 32)], transposed bits, zero past Nq
     int64_t columns_stride_b;  // words, may be 0
     int64_t columns_stride_h;  // words, may be 0
-    // Workspace [B, Hq, Nq, 64, D], to which dq is added, in an order that the kernels choose. Null:
-    // dq is summed in one order, and has the same bits each time.
+    // Of sm_80 to sm_89: workspace [B, Hq, Nq, 64, D], to which dq is added, in an order that the
+    // kernels choose. Null, as it always is on sm_90: dq is summed in one order, and has the same
+    // bits each time.
     float* dq_sums;
 };
 

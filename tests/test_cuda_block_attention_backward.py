@@ -1,7 +1,7 @@
-"""Gradients of the CUDA attention kernels, emulated on the CPU, in both modes.
+"""Gradients of the CUDA attention kernels, emulated on the CPU, in both modes of torch.
 
-Fast: dq is summed as blocks of keys come. Deterministic: in one order. torch.empty is filled with
-NaN in both (tests/conftest.py).
+Fast: sm_80 sums dq as blocks of keys come. Deterministic: in one order, as sm_90 always does.
+torch.empty is filled with NaN in both (tests/conftest.py).
 """
 
 import pytest
@@ -32,7 +32,7 @@ def architecture(request):
 
 @pytest.fixture(params=["fast", "deterministic"])
 def mode(request, monkeypatch):
-    """Whether dq has the same bits each time."""
+    """Whether torch asks for the same bits each time."""
     if request.param == "fast":
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     return request.param
@@ -95,9 +95,9 @@ def test_blocks_that_share_little(schedule, head_dim):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_columns_that_drift_apart(schedule, mode):
-    """A column of all blocks beside columns with gaps, about as long as the ring."""
+    """A line of all blocks beside lines with gaps, about as long as the rings of 3 and 4 stages."""
     grid = TokenGrid(7, 8, 8)
-    gaps = (2, 3, 4)
+    gaps = (2, 3, 4, 5)
     q, k, v, dout, _ = problem(grid, (len(gaps), 1), 128, torch.bfloat16)
     keep = torch.zeros(1, len(gaps), 7, 7, dtype=torch.bool)
     keep[..., 0] = True

@@ -59,9 +59,9 @@ def k_major(row: int, k: int, stride: int) -> int:
     return row // 8 * stride + swizzled(row % 8, k)
 
 
-def mn_major(row: int, k: int, leading: int, stride: int) -> int:
-    """Byte of element (M or N, K): atoms of 64 columns (M or N) and 8 rows (K)."""
-    return row // 64 * leading + k // 8 * stride + swizzled(k % 8, row % 64)
+def n_major(column: int, k: int, leading: int, stride: int) -> int:
+    """Byte of element (N, K): atoms of 64 columns (N) and 8 rows (K)."""
+    return column // 64 * leading + k // 8 * stride + swizzled(k % 8, column % 64)
 
 
 # ---- fragments: figures of the PTX ISA for .m64nNk16 and .m16n8k16 ----
@@ -99,8 +99,10 @@ def bits(x: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("n", [64, 128])
-@pytest.mark.parametrize("a_from", ["registers", "k-major", "m-major"])
-@pytest.mark.parametrize("b_from", ["k-major", "n-major"])
+@pytest.mark.parametrize(
+    "a_from, b_from",
+    [("registers", "k-major"), ("registers", "n-major"), ("k-major", "k-major")],
+)
 @pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulate"])
 def test_wgmma(dtype, n, a_from, b_from, accumulate):
     code, torch_dtype = TYPES[dtype]
@@ -122,14 +124,11 @@ def test_wgmma(dtype, n, a_from, b_from, accumulate):
     if a_from == "k-major":
         put(4096, bits(a), lambda m, k: k_major(m, k + 16, 2048))
         a_matrix = (4096 + 32, 0, 2048)
-    if a_from == "m-major":
-        put(4096, bits(a), lambda m, k: mn_major(m, k, 8192, 2048))
-        a_matrix = (4096, 8192, 2048)
     if b_from == "k-major":
         put(24576, bits(b.T), lambda j, k: k_major(j, k + 32, 1024))
         b_matrix = (24576 + 64, 0, 1024)
     if b_from == "n-major":
-        put(24576, bits(b.T), lambda j, k: mn_major(j, k, 16384, 3072))
+        put(24576, bits(b.T), lambda j, k: n_major(j, k, 16384, 3072))
         b_matrix = (24576, 16384, 3072)
 
     threads = range(128)
@@ -146,7 +145,6 @@ def test_wgmma(dtype, n, a_from, b_from, accumulate):
         code,
         n,
         a_from == "registers",
-        a_from == "m-major",
         b_from == "n-major",
         accumulate,
         registers.data_ptr(),
@@ -240,17 +238,17 @@ def test_wrong_tensor_map(change, message):
 
 # ---- instructions of a warp ----
 
-SHUFFLE, SHUFFLE_XOR, SHUFFLE_UP, SHUFFLE_DOWN, VOTE, REDUCE, CONVERT = range(7)
-LDMATRIX, LDMATRIX_TRANS, STMATRIX, MMA, COPY_ASYNC, BULK_REDUCE, ELECT, MATH, BITS = range(7, 16)
+SHUFFLE, SHUFFLE_XOR, VOTE, REDUCE, CONVERT = range(5)
+LDMATRIX, LDMATRIX_TRANS, MMA, COPY_ASYNC, ELECT, MATH, BITS = range(5, 12)
 
 
-def run_warp(instruction, inputs, image=None, argument=0, dtype="bf16", outputs=None):
+def run_warp(instruction, inputs, image=None, argument=0, dtype="bf16"):
     """(outputs [32, 8], shared memory) after an instruction with inputs [32, up to 8]."""
     registers = torch.zeros(32, 8, dtype=torch.int32)
     inputs = np.ascontiguousarray(np.asarray(inputs).reshape(32, -1)).astype(np.uint32)
     registers[:, : inputs.shape[1]] = torch.from_numpy(inputs.view(np.int32))
     image = torch.zeros(1024, dtype=torch.uint8) if image is None else image
-    out = torch.zeros(32, 8, dtype=torch.int32) if outputs is None else outputs
+    out = torch.zeros(32, 8, dtype=torch.int32)
     after = torch.zeros_like(image)
     register(inputs=registers, image=image, out_put=out, out_image=after)
     probes.warp(
@@ -276,10 +274,6 @@ def test_shuffles():
     for by in (1, 2, 4, 8, 16, 5):
         out, _ = run_warp(SHUFFLE_XOR, values, argument=by)
         assert np.array_equal(out[:, 0], values[LANES ^ by])
-        out, _ = run_warp(SHUFFLE_UP, values, argument=by)
-        assert np.array_equal(out[:, 0], values[np.where(LANES >= by, LANES - by, LANES)])
-        out, _ = run_warp(SHUFFLE_DOWN, values, argument=by)
-        assert np.array_equal(out[:, 0], values[np.where(LANES + by < 32, LANES + by, LANES)])
 
 
 @pytest.mark.parametrize("word", [0, 1, 0x80000000, 0xFFFFFFFF, 0x12345678], ids=hex)
@@ -287,7 +281,6 @@ def test_votes(word):
     out, _ = run_warp(VOTE, word >> LANES & 1)
     assert (out[:, 0] == word).all()
     assert (out[:, 1] == (word != 0)).all()
-    assert (out[:, 2] == (word == 0xFFFFFFFF)).all()
 
 
 def test_reductions():
@@ -296,7 +289,6 @@ def test_reductions():
     assert (out[:, 0] == x.astype(np.uint64).sum() % (1 << 32)).all()
     assert (out[:, 1] == x.max()).all()
     assert (out[:, 2] == x.min()).all()
-    assert (out[:, 3] == np.bitwise_or.reduce(x)).all()
 
 
 def test_one_lane_is_elected_and_the_seed_decides_which():
@@ -314,7 +306,6 @@ def test_bits():
     out, _ = run_warp(BITS, x)
     assert np.array_equal(out[:, 0], [int(v).bit_count() for v in x])
     assert np.array_equal(out[:, 1], [(int(v) & -int(v)).bit_length() - 1 if v else 32 for v in x])
-    assert np.array_equal(out[:, 2], [32 - int(v).bit_length() for v in x])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -353,7 +344,7 @@ def test_mathematics():
     assert (out[:, 1].copy().view(np.float32) == -np.inf).all()
 
 
-# Rows of 16 bytes at places that do not overlap, for the matrices of ldmatrix and stmatrix.
+# Rows of 16 bytes at places that do not overlap, for the matrices of ldmatrix.
 ROWS = (LANES * 7 % 32) * 16
 
 
@@ -369,19 +360,6 @@ def test_ldmatrix(transpose):
             row, column = column, row
         expected = ROWS[8 * matrix + row] // 2 + column
         assert out[lane, matrix] >> 16 * half & 0xFFFF == expected
-
-
-def test_stmatrix():
-    values = np.arange(32 * 4 * 2).reshape(32, 4, 2)
-    inputs = np.zeros((32, 5))
-    inputs[:, :4] = values[:, :, 0] | values[:, :, 1] << 16
-    inputs[:, 4] = ROWS[::-1]
-    _, image = run_warp(STMATRIX, inputs)
-    after = image.view(torch.int16)
-    for lane, matrix, half in itertools.product(range(32), range(4), range(2)):
-        row, column = lane // 4, 2 * (lane % 4) + half
-        place = ROWS[::-1][8 * matrix + row] // 2 + column
-        assert after[place] == values[lane, matrix, half]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -424,15 +402,6 @@ def test_copy_async(schedule):
         assert torch.equal(after[ROWS[lane] : ROWS[lane] + 16], row)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_bulk_reduce_add(schedule):
-    emulated.configure(schedule)
-    image, outputs = torch.randn(256), torch.randn(32, 8)
-    expected = outputs + image.view(32, 8)
-    run_warp(BULK_REDUCE, LANES, image.view(torch.uint8), outputs=outputs)
-    assert torch.equal(outputs, expected)
-
-
 # ---- a pipeline, and what goes wrong in it ----
 
 STEPS, CTAS = 5, 2
@@ -449,7 +418,7 @@ class Pipeline:
     def run(self, fault: str = "none") -> bool:
         """Whether the result is right; raises what the emulator reports."""
         out = torch.full((CTAS, 64, 64), float("nan"))
-        counter = torch.zeros(1, dtype=torch.int32)
+        counter = torch.zeros(1)
         register(a=self.a, b=self.b, out_put=out, out_counter=counter)
         rows = [2, 128, 128 * 64 * STEPS, 128 * 64 * STEPS]
         b_map = (self.b.data_ptr(), 2, [64, 64 * STEPS, 1, 1], rows, [64, 64, 1, 1], True)
@@ -528,9 +497,6 @@ FAULTS = {
     "copy_async without barrier": "race: .* nothing orders this (access|write) after",
     "copy_async in flight at exit": "copy_async_16 .* exits while its copy is in flight",
     "ldmatrix without barrier": "ldmatrix .* written in store_shared .* nothing orders",
-    "bulk reduction without fence": "bulk_reduce_add_f32 .* no fence_proxy_async lies between",
-    "source of a bulk reduction overwritten": "is read in bulk_reduce_add_f32 .* nothing orders",
-    "bulk reduction in flight at exit": "bulk_reduce_add_f32 .* no bulk_wait covers it",
     "warps of a warpgroup at different wgmma": "the warps of a warpgroup issue different wgmma",
 }
 
@@ -590,7 +556,7 @@ def synchronising_calls(pipeline) -> list[str]:
 def test_every_synchronising_call_is_needed(pipeline):
     """Each is left out in turn: the emulator notices, or it is on the list above."""
     calls = synchronising_calls(pipeline)
-    assert len(calls) >= 20
+    assert len(calls) >= 15
     survivors = set()
     for call in calls:
         caught = False

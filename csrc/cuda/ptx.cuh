@@ -38,7 +38,6 @@ NABLA_DEVICE uint32_t cta_index() {
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
     return index;
 }
-NABLA_DEVICE uint32_t num_ctas() { return gridDim.x; }
 NABLA_DEVICE uint32_t num_threads() { return blockDim.x; }
 NABLA_DEVICE uint32_t lane_index() { return threadIdx.x % 32; }
 
@@ -196,31 +195,7 @@ NABLA_DEVICE void store_global(T* address, const std::common_type_t<T>& value) {
     }
 }
 
-// Atomics return the old value; they order nothing else.
-NABLA_DEVICE uint32_t atomic_add_global(uint32_t* address, uint32_t value) {
-    uint32_t old;
-    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "l"(address), "r"(value)
-                 : "memory");
-    return old;
-}
-NABLA_DEVICE uint32_t atomic_or_global(uint32_t* address, uint32_t value) {
-    uint32_t old;
-    asm volatile("atom.relaxed.gpu.global.or.b32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "l"(address), "r"(value)
-                 : "memory");
-    return old;
-}
-NABLA_DEVICE uint32_t atomic_add_shared(uint32_t address, uint32_t value) {
-    uint32_t old;
-    asm volatile("atom.relaxed.cta.shared.add.u32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "r"(address), "r"(value)
-                 : "memory");
-    return old;
-}
+// Returns the old value; orders nothing else.
 NABLA_DEVICE uint32_t atomic_or_shared(uint32_t address, uint32_t value) {
     uint32_t old;
     asm volatile("atom.relaxed.cta.shared.or.b32 %0, [%1], %2;"
@@ -239,12 +214,9 @@ NABLA_DEVICE void reduce_add_global(float* address, float value) {
 
 NABLA_DEVICE void sync_cta() { asm volatile("barrier.cta.sync 0;" ::: "memory"); }
 
-// Named barrier `id` (1 to 15) of `threads` threads, a multiple of 32 over all who sync or arrive.
+// Named barrier `id` (1 to 15) of `threads` threads, a multiple of 32.
 NABLA_DEVICE void barrier_sync(uint32_t id, uint32_t threads) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-NABLA_DEVICE void barrier_arrive(uint32_t id, uint32_t threads) {
-    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 NABLA_DEVICE void sync_warp() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
@@ -260,27 +232,15 @@ template <class T>
 NABLA_DEVICE T shuffle_xor(T value, uint32_t mask) {
     return bit_cast<T>(__shfl_xor_sync(~0u, bit_cast<uint32_t>(value), mask));
 }
-// From lane - delta; the first `delta` lanes keep their own.
-template <class T>
-NABLA_DEVICE T shuffle_up(T value, uint32_t delta) {
-    return bit_cast<T>(__shfl_up_sync(~0u, bit_cast<uint32_t>(value), delta));
-}
-// From lane + delta; the last `delta` lanes keep their own.
-template <class T>
-NABLA_DEVICE T shuffle_down(T value, uint32_t delta) {
-    return bit_cast<T>(__shfl_down_sync(~0u, bit_cast<uint32_t>(value), delta));
-}
 
 // Bit i: the predicate of lane i.
 NABLA_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(~0u, predicate); }
 NABLA_DEVICE bool any(bool predicate) { return __any_sync(~0u, predicate); }
-NABLA_DEVICE bool all(bool predicate) { return __all_sync(~0u, predicate); }
 
 // Over the lanes of the warp; every lane gets the result.
 NABLA_DEVICE uint32_t reduce_add(uint32_t value) { return __reduce_add_sync(~0u, value); }
 NABLA_DEVICE uint32_t reduce_max(uint32_t value) { return __reduce_max_sync(~0u, value); }
 NABLA_DEVICE uint32_t reduce_min(uint32_t value) { return __reduce_min_sync(~0u, value); }
-NABLA_DEVICE uint32_t reduce_or(uint32_t value) { return __reduce_or_sync(~0u, value); }
 
 // True in one lane of the warp, always the same one, but nobody promises which. sm_90
 NABLA_DEVICE bool elect_one() {
@@ -324,25 +284,21 @@ NABLA_DEVICE void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes) {
         : "memory");
 }
 
-// Whether the phase of this parity (0 for the first, 1 for the second, ...) is complete; may
-// suspend the thread for a while. sm_90
-NABLA_DEVICE bool mbarrier_try_wait(uint32_t mbarrier, uint32_t parity) {
-    uint32_t complete;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(complete)
-        : "r"(mbarrier), "r"(parity)
-        : "memory");
-    return complete != 0;
-}
-
+// Until the phase of this parity (0 for the first, 1 for the second, ...) is complete. The hardware
+// suspends the thread, but only for a while. sm_90
 NABLA_DEVICE void mbarrier_wait(uint32_t mbarrier, uint32_t parity) {
-    while (!mbarrier_try_wait(mbarrier, parity)) {
-    }
+    uint32_t complete;
+    do {
+        asm volatile(
+            "{\n"
+            ".reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n"
+            "}"
+            : "=r"(complete)
+            : "r"(mbarrier), "r"(parity)
+            : "memory");
+    } while (!complete);
 }
 
 // ---- asynchronous bulk copies, sm_90 ----
@@ -356,10 +312,6 @@ NABLA_DEVICE void copy_tensor_4d(uint32_t destination, const TensorMap* map, uin
         " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
         "l"(map), "r"(mbarrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
-}
-
-NABLA_DEVICE void prefetch_tensor_map(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // `bytes` (a multiple of 16) of global memory into shared memory, both aligned to 16.
@@ -376,27 +328,6 @@ NABLA_DEVICE void copy_bulk(uint32_t destination, const void* source, uint32_t b
 // before later asynchronous ones (wgmma, bulk copies).
 NABLA_DEVICE void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// destination[i] += source[i], float, in any order; `bytes` a multiple of 16, both aligned to 16.
-// Belongs to the thread's current bulk group.
-NABLA_DEVICE void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                     destination),
-                 "r"(source), "r"(bytes)
-                 : "memory");
-}
-NABLA_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// Until at most kPending of this thread's bulk groups are not yet done, or have not yet read
-// their source.
-template <int kPending>
-NABLA_DEVICE void bulk_wait() {
-    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
-}
-template <int kPending>
-NABLA_DEVICE void bulk_wait_read() {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // ---- asynchronous copies of a thread ----
@@ -451,10 +382,10 @@ NABLA_DEVICE void keep_in_place(uint32_t (&registers)[kCount]) {
 // d [64, N] = a [64, 16] b [16, N] (+ d where `accumulate`), T in, fp32 out.
 //   d[i]: row 16 warp + lane / 4 + 8 ((i >> 1) & 1), column 8 (i >> 2) + 2 (lane & 3) + (i & 1)
 //   a[r]: row 16 warp + lane / 4 + 8 (r & 1), columns 8 (r >> 1) + 2 (lane & 3) and the next
-// kTransposeA, kTransposeB: not K but M or N is contiguous in shared memory.
+// kTransposeB: not K but N is contiguous in shared memory.
 template <class T, int kN, bool kTransposeB>
 NABLA_DEVICE void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
-template <class T, int kN, bool kTransposeA, bool kTransposeB>
+template <class T, int kN>
 NABLA_DEVICE void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate);
 
 #define NABLA_D8(i)                                                                             \
@@ -478,14 +409,13 @@ NABLA_DEVICE void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accu
                  : constraints                                                                   \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int32_t{accumulate}), \
                    "n"(int32_t{kTransposeB}))
-#define NABLA_WGMMA_SS(n, type, registers, constraints, a0, b0, acc, trans_a, trans_b)         \
+#define NABLA_WGMMA_SS(n, type, registers, constraints, a0, b0, acc)                           \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" acc                                      \
                  ", 0;\n"                                                                      \
                  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers \
-                 "}, %" a0 ", %" b0 ", p, 1, 1, %" trans_a ", %" trans_b ";\n}"                \
+                 "}, %" a0 ", %" b0 ", p, 1, 1, 0, 0;\n}"                                      \
                  : constraints                                                                 \
-                 : "l"(a), "l"(b), "r"(int32_t{accumulate}), "n"(int32_t{kTransposeA}),        \
-                   "n"(int32_t{kTransposeB}))
+                 : "l"(a), "l"(b), "r"(int32_t{accumulate}))
 #define NABLA_D64 NABLA_D32(0), NABLA_D32(32)
 
 template <class T, int kN, bool kTransposeB>
@@ -510,18 +440,18 @@ NABLA_DEVICE void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t 
     }
 }
 
-template <class T, int kN, bool kTransposeA, bool kTransposeB>
+template <class T, int kN>
 NABLA_DEVICE void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
     static_assert(kN == 64 || kN == 128, "products of 64 or 128 columns are written out here");
     if constexpr (std::is_same_v<T, BFloat16>) {
         if constexpr (kN == 64)
-            NABLA_WGMMA_SS("64", "bf16", NABLA_R32, NABLA_D32(0), "32", "33", "34", "35", "36");
-        else NABLA_WGMMA_SS("128", "bf16", NABLA_R64, NABLA_D64, "64", "65", "66", "67", "68");
+            NABLA_WGMMA_SS("64", "bf16", NABLA_R32, NABLA_D32(0), "32", "33", "34");
+        else NABLA_WGMMA_SS("128", "bf16", NABLA_R64, NABLA_D64, "64", "65", "66");
     } else {
         static_assert(std::is_same_v<T, Float16>, "the inputs are bf16 or fp16");
         if constexpr (kN == 64)
-            NABLA_WGMMA_SS("64", "f16", NABLA_R32, NABLA_D32(0), "32", "33", "34", "35", "36");
-        else NABLA_WGMMA_SS("128", "f16", NABLA_R64, NABLA_D64, "64", "65", "66", "67", "68");
+            NABLA_WGMMA_SS("64", "f16", NABLA_R32, NABLA_D32(0), "32", "33", "34");
+        else NABLA_WGMMA_SS("128", "f16", NABLA_R64, NABLA_D64, "64", "65", "66");
     }
 }
 
@@ -559,14 +489,6 @@ NABLA_DEVICE void ldmatrix_x4_trans(uint32_t (&registers)[4], uint32_t row_addre
                  : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
                  : "r"(row_address)
                  : "memory");
-}
-
-// The reverse of ldmatrix_x4. sm_90
-NABLA_DEVICE void stmatrix_x4(uint32_t row_address, const uint32_t (&registers)[4]) {
-    asm volatile(
-        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
-        "r"(registers[0]), "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
-        : "memory");
 }
 
 // d [16, 8] += a [16, 16] b [16, 8], T in, fp32 out.
@@ -640,20 +562,9 @@ NABLA_DEVICE F32x2 unpack(uint32_t x) {
         return {y.x, y.y};
     }
 }
-template <class T>
-NABLA_DEVICE float to_float(T x) {
-    return unpack<T>(x.bits).v[0];
-}
-template <class T>
-NABLA_DEVICE T from_float(float x) {
-    return {static_cast<uint16_t>(pack<T>(x, 0.0f))};
-}
 
 NABLA_DEVICE uint32_t popcount(uint32_t x) { return __popc(x); }
 NABLA_DEVICE uint32_t trailing_zeros(uint32_t x) { return x ? __ffs(x) - 1 : 32; }
-NABLA_DEVICE uint32_t leading_zeros(uint32_t x) { return __clz(x); }
-
-NABLA_DEVICE void nanosleep(uint32_t nanoseconds) { __nanosleep(nanoseconds); }
 
 // ---- launch, on the host ----
 

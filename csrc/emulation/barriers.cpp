@@ -14,7 +14,7 @@ std::string phase_text(const Mbarrier& barrier) {
 
 }  // namespace
 
-void Cta::barrier(uint32_t id, uint32_t count, bool wait, uint32_t site) {
+void Cta::barrier(uint32_t id, uint32_t count, uint32_t site) {
     Thread& thread = self();
     if (id >= 16) fail("barrier " + std::to_string(id) + ": a CTA has barriers 0 to 15", site);
     if (count % 32 || !count || count > num_threads)
@@ -39,8 +39,8 @@ void Cta::barrier(uint32_t id, uint32_t count, bool wait, uint32_t site) {
             acquire(*other, knowledge);
             wake(*other);
         }
-        if (wait) acquire(thread, knowledge);
-    } else if (wait) {
+        acquire(thread, knowledge);
+    } else {
         barrier.waiting.push_back(&thread);
         block(thread, site, {});
     }
@@ -117,7 +117,6 @@ void Cta::mbarrier_complete(Mbarrier& barrier, uint32_t site) {
     barrier.completed = barrier.gathering.take();
     ++barrier.phase;
     barrier.pending = barrier.count;
-    idle_polls_ = 0;
     const std::vector<Thread*> waiting = std::move(barrier.waiting);
     barrier.waiting.clear();
     for (Thread* thread : waiting) wake(*thread);

@@ -1,4 +1,4 @@
-// Bulk copies into shared memory, bulk reductions out of it, and the copies of a thread.
+// Bulk copies into shared memory, and the copies of a thread.
 #include <algorithm>
 #include <cstring>
 
@@ -137,46 +137,10 @@ void Cta::deliver(const BulkCopy& copy) {
     mbarrier_complete(barrier, copy.site);
 }
 
-// Of a bulk group: shared memory has been read.
-void Cta::read_source(BulkReduction& reduction) {
-    if (reduction.is_read) return;
-    reduction.values.resize(reduction.bytes / 4);
-    memcpy(reduction.values.data(), shared(reduction.source), reduction.bytes);
-    reduction.is_read = true;
-}
-
-void Cta::finish(BulkReduction& reduction) {
-    read_source(reduction);
-    if (reduction.values.empty()) return;
-    launch.wait_for_earlier_ctas();
-    for (size_t i = 0; i < reduction.values.size(); ++i)
-        reduction.destination[i] += reduction.values[i];
-    reduction.values.clear();
-}
-
 void Cta::finish(const ThreadCopy& copy) {
     uint8_t* memory = shared(copy.destination);
     if (copy.valid_bytes) memcpy(memory, copy.source, copy.valid_bytes);
     memset(memory + copy.valid_bytes, 0, 16 - copy.valid_bytes);
-}
-
-void bulk_wait(uint32_t pending, bool read, Site where) {
-    Cta& cta = Cta::current();
-    Thread& thread = Cta::self();
-    uint32_t site;
-    if (cta.enter(read ? Instruction::kBulkWaitRead : Instruction::kBulkWait, where, site)) return;
-    const uint32_t done = thread.bulk_committed > pending ? thread.bulk_committed - pending : 0;
-    for (BulkReduction& reduction : cta.reductions) {
-        if (reduction.thread != &thread || reduction.group > done) continue;
-        if (read) cta.read_source(reduction);
-        else cta.finish(reduction);
-    }
-    thread.bulk_read = std::max(thread.bulk_read, done);
-    const auto is_done = [](const BulkReduction& x) { return x.is_read && x.values.empty(); };
-    auto& reductions = cta.reductions;
-    reductions.erase(std::remove_if(reductions.begin(), reductions.end(), is_done),
-                     reductions.end());
-    cta.maybe_yield(thread);
 }
 
 void copy_async_wait(uint32_t pending, Site where) {
@@ -224,39 +188,6 @@ void copy_bulk(uint32_t destination, const void* source, uint32_t bytes, uint32_
     cta.enter(Instruction::kCopyBulk, where, site);
     cta.issue_bulk_copy({destination, bytes, 0, site, source, {}, {}}, mbarrier);
     cta.maybe_yield(Cta::self());
-}
-
-void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes, Site where) {
-    Cta& cta = Cta::current();
-    Thread& thread = Cta::self();
-    uint32_t site;
-    cta.enter(Instruction::kBulkReduceAddF32, where, site);
-    if (bytes % 16 || !bytes)
-        cta.fail("bulk reduction of " + std::to_string(bytes) + " bytes: a positive multiple of 16",
-                 site);
-    if (reinterpret_cast<uintptr_t>(destination) % 16)
-        cta.fail("bulk reduction to an address that is no multiple of 16", site);
-    cta.check_shared(source, bytes, 16, site);
-    emulation::touch_global(cta, destination, bytes, Touching::kAdd, site);
-    if (!thread.bulk_agent) thread.bulk_agent = cta.new_agent(site);
-    const uint32_t group = thread.bulk_committed + 1;
-    const emulation::Access access{
-        {group, static_cast<uint16_t>(thread.bulk_agent), emulation::kAsync}, site};
-    emulation::Shadow::Memo memo;
-    cta.report_conflict(cta.shadow.read(emulation::ThreadObserver(cta, thread), access,
-                                        source - Cta::kSharedBase, bytes, memo),
-                        site);
-    cta.reductions.push_back({&thread, destination, source, bytes, group, site, false, {}});
-    const auto schedule = cta.launch.settings.schedule;
-    if (schedule == emulation::Schedule::kEager ||
-        (schedule == emulation::Schedule::kRandom && cta.random.one_in(2)))
-        cta.finish(cta.reductions.back());
-}
-
-void bulk_commit(Site where) {
-    Cta& cta = Cta::current();
-    uint32_t site;
-    if (!cta.enter(Instruction::kBulkCommit, where, site)) ++Cta::self().bulk_committed;
 }
 
 void copy_async_16(uint32_t destination, const void* source, uint32_t valid_bytes, Site where) {

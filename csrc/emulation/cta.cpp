@@ -10,8 +10,8 @@ namespace {
 thread_local Cta* current_cta = nullptr;
 thread_local Thread* current_thread = nullptr;
 
-// Agents beside the threads: two of each warp, mbarriers, threads with bulk groups.
-constexpr uint32_t kMoreAgents = 192;
+// Agents are the threads, two of each warp, and mbarriers.
+constexpr uint32_t kMaxMbarriers = 192;
 
 constexpr int kRegisterFile = 64 << 10;
 
@@ -51,7 +51,7 @@ Cta::Cta(const Launch& launch, uint32_t index, Stacks& stacks)
       sites(launch.settings.ignored),
       num_threads(launch.shape.threads),
       num_warps((num_threads + 31) / 32),
-      num_agents(num_threads + 2 * num_warps + kMoreAgents),
+      num_agents(num_threads + 2 * num_warps + kMaxMbarriers),
       next_agent(num_threads + 2 * num_warps),
       shared_bytes(launch.shape.shared_bytes),
       shadow(shadow_of_host_thread()),
@@ -101,7 +101,7 @@ void Cta::run() {
     while (alive_ && !has_failed_) {
         Thread* thread = pick();
         if (!thread) {
-            if (deliver_one() || wake_pollers()) continue;
+            if (deliver_one()) continue;
             report_deadlock();
         }
         Warp& warp = warps[thread->warp];
@@ -160,20 +160,7 @@ bool Cta::deliver_one() {
     const BulkCopy copy = copies_in_flight[chosen];
     copies_in_flight.erase(copies_in_flight.begin() + static_cast<ptrdiff_t>(chosen));
     deliver(copy);
-    idle_polls_ = 0;
     return true;
-}
-
-// mbarrier_try_wait gives up after a while; a CTA in which nothing else happens is dead.
-bool Cta::wake_pollers() {
-    if (++idle_polls_ > 3) return false;
-    bool woken = false;
-    for (Thread& thread : threads) {
-        if (thread.state != State::kPolling) continue;
-        wake(thread);
-        woken = true;
-    }
-    return woken;
 }
 
 void Cta::wake(Thread& thread) {
@@ -183,7 +170,7 @@ void Cta::wake(Thread& thread) {
 }
 
 void Cta::block(Thread& thread, uint32_t site, Wait wait) {
-    if (thread.state != State::kPolling) thread.state = State::kWaiting;
+    thread.state = State::kWaiting;
     thread.wait_site = site;
     thread.wait = wait;
     switch_context(thread.context, scheduler_);
@@ -315,10 +302,6 @@ void Cta::check_exit(Thread& thread) {
     if (!thread.copies.empty())
         fail("the thread exits while its copy is in flight: no copy_async_wait covers it",
              thread.copies.front().site);
-    for (const BulkReduction& reduction : reductions)
-        if (reduction.thread == &thread && reduction.group > thread.bulk_read)
-            fail("the thread exits before its source was read: no bulk_wait covers it",
-                 reduction.site);
 }
 
 void Cta::check_end() {
@@ -334,7 +317,6 @@ void Cta::check_end() {
                          " wgmma, but its warpgroup " + std::to_string(wgmma_keys[group].size()) +
                          "; all four warps have to issue each",
                      wgmma_keys[group].back().site);
-    for (BulkReduction& reduction : reductions) finish(reduction);
 }
 
 // ---- knowledge ----
@@ -352,7 +334,6 @@ void Gathering::add(const Thread& thread, uint32_t agents, uint32_t threads, uin
     knowledge_->fence(thread.index, thread.fenced);
     knowledge_->see(threads + thread.warp, thread.wgmma_done);
     knowledge_->see(threads + warps + thread.warp, thread.position);
-    if (thread.bulk_agent) knowledge_->see(thread.bulk_agent, thread.bulk_read);
 }
 
 KnowledgeRef Gathering::take() {
@@ -362,16 +343,13 @@ KnowledgeRef Gathering::take() {
 
 uint32_t Cta::new_agent(uint32_t site) {
     if (next_agent == num_agents)
-        fail("the emulation has room for " + std::to_string(kMoreAgents) +
-                 " mbarriers and threads with bulk groups",
-             site);
+        fail("the emulation has room for " + std::to_string(kMaxMbarriers) + " mbarriers", site);
     return next_agent++;
 }
 
 bool Cta::has_seen(const Thread& thread, uint32_t agent, uint32_t clock) const {
     if (agent == thread.index) return true;
     if (agent == wgmma_agent(thread.warp) && clock <= thread.wgmma_done) return true;
-    if (agent == thread.bulk_agent && thread.bulk_agent) return clock <= thread.bulk_read;
     return thread.known && thread.known->seen(agent) >= clock;
 }
 

@@ -23,14 +23,12 @@ namespace nabla::emulation {
 enum class Instruction : uint8_t {
     kLoadShared,
     kStoreShared,
-    kAtomicShared,
+    kAtomicOrShared,
     kLoadGlobal,
     kStoreGlobal,
-    kAtomicGlobal,
     kReduceAddGlobal,
     kSyncCta,
     kBarrierSync,
-    kBarrierArrive,
     kSyncWarp,
     kShuffle,
     kVote,
@@ -40,15 +38,10 @@ enum class Instruction : uint8_t {
     kFenceMbarrierInit,
     kMbarrierArrive,
     kMbarrierArriveExpectTx,
-    kMbarrierTryWait,
     kMbarrierWait,
     kCopyTensor4d,
     kCopyBulk,
     kFenceProxyAsync,
-    kBulkReduceAddF32,
-    kBulkCommit,
-    kBulkWait,
-    kBulkWaitRead,
     kCopyAsync16,
     kCopyAsyncCommit,
     kCopyAsyncWait,
@@ -57,7 +50,6 @@ enum class Instruction : uint8_t {
     kWgmmaWait,
     kWgmma,
     kLdmatrix,
-    kStmatrix,
     kMma,
     kSetMaxRegisters,
     kConvert,
@@ -92,7 +84,7 @@ class Sites {
     std::vector<Entry> entries_;
 };
 
-enum class State : uint8_t { kReady, kWaiting, kPolling, kExited };
+enum class State : uint8_t { kReady, kWaiting, kExited };
 
 // An asynchronous copy of a thread (copy_async_16).
 struct ThreadCopy {
@@ -127,12 +119,9 @@ struct Thread {
     uint32_t fenced = 0;      // its accesses up to this clock are ordered before asynchronous ones
     uint32_t position = 0;    // collectives of its warp that it has passed
     uint32_t wgmma_done = 0;  // groups of its warp that it has waited for
-    uint32_t bulk_agent = 0;  // 0: it has no bulk groups
-    uint32_t bulk_read = 0;   // groups whose sources are known to be read
 
     uint32_t wgmma_issued = 0, wgmma_committed = 0;
     bool wgmma_fenced = false;
-    uint32_t bulk_committed = 0;
     uint32_t copies_committed = 0;
     std::vector<ThreadCopy> copies;
 };
@@ -192,23 +181,11 @@ struct BulkCopy {
     int32_t coordinates[4];
 };
 
-// A bulk reduction out of shared memory.
-struct BulkReduction {
-    Thread* thread;
-    float* destination;
-    uint32_t source;
-    uint32_t bytes;
-    uint32_t group;
-    uint32_t site;
-    bool is_read = false;
-    std::vector<float> values;
-};
-
 // One wgmma of one warp. The tensor cores work on it after all lanes have issued it.
 struct Wgmma {
     Type type;
     int n;
-    bool accumulate, transpose_a, transpose_b, a_in_registers;
+    bool accumulate, transpose_b, a_in_registers;
     uint64_t a_descriptor, b_descriptor;
     uint32_t site;
     uint32_t group;
@@ -327,7 +304,7 @@ class Cta {
 
     // ---- barriers ----
 
-    void barrier(uint32_t id, uint32_t threads, bool wait, uint32_t site);
+    void barrier(uint32_t id, uint32_t threads, uint32_t site);
     Mbarrier& mbarrier(uint32_t address, uint32_t site);
     void mbarrier_init(uint32_t address, uint32_t count, uint32_t site);
     void mbarrier_arrive(Mbarrier& barrier, uint32_t count, uint32_t expected_bytes,
@@ -340,8 +317,6 @@ class Cta {
 
     void issue_bulk_copy(BulkCopy copy, uint32_t mbarrier_address);
     void deliver(const BulkCopy& copy);
-    void read_source(BulkReduction& reduction);
-    void finish(BulkReduction& reduction);
     void finish(const ThreadCopy& copy);
 
     // ---- wgmma ----
@@ -364,7 +339,6 @@ class Cta {
     std::vector<std::unique_ptr<Mbarrier>> mbarriers;
     std::unordered_map<uint32_t, uint32_t> mbarrier_at;  // index by address
     std::vector<BulkCopy> copies_in_flight;
-    std::vector<BulkReduction> reductions;
     std::vector<std::vector<WgmmaKey>> wgmma_keys;  // by warpgroup
     int free_registers = 0;
     std::vector<Thread*> waiting_for_registers;
@@ -375,7 +349,6 @@ class Cta {
     Thread* pick();
     bool is_starved(const Thread& thread) const;
     bool deliver_one();
-    bool wake_pollers();
     void check_exit(Thread& thread);
     void check_end();
     [[noreturn]] void report_deadlock();
@@ -388,7 +361,6 @@ class Cta {
     uint32_t turn_ = 0;  // the warp that runs
     uint32_t ready_warps_ = 0;
     int starved_warp_ = -1, starved_lane_ = -1;
-    int idle_polls_ = 0;
     uint64_t calls_in_a_row_ = 0;  // of the running thread
     bool has_failed_ = false;
     std::string failure_;

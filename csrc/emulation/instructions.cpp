@@ -11,14 +11,12 @@ namespace {
 const char* const kNames[] = {
     "load_shared",
     "store_shared",
-    "atomic_shared",
+    "atomic_or_shared",
     "load_global",
     "store_global",
-    "atomic_global",
     "reduce_add_global",
     "sync_cta",
     "barrier_sync",
-    "barrier_arrive",
     "sync_warp",
     "shuffle",
     "vote",
@@ -28,15 +26,10 @@ const char* const kNames[] = {
     "fence_mbarrier_init",
     "mbarrier_arrive",
     "mbarrier_arrive_expect_tx",
-    "mbarrier_try_wait",
     "mbarrier_wait",
     "copy_tensor_4d",
     "copy_bulk",
     "fence_proxy_async",
-    "bulk_reduce_add_f32",
-    "bulk_commit",
-    "bulk_wait",
-    "bulk_wait_read",
     "copy_async_16",
     "copy_async_commit",
     "copy_async_wait",
@@ -45,7 +38,6 @@ const char* const kNames[] = {
     "wgmma_wait",
     "wgmma",
     "ldmatrix",
-    "stmatrix",
     "mma",
     "set_max_registers",
     "convert",
@@ -61,17 +53,12 @@ bool synchronises(Instruction instruction) {
     switch (instruction) {
         case Instruction::kSyncCta:
         case Instruction::kBarrierSync:
-        case Instruction::kBarrierArrive:
         case Instruction::kSyncWarp:
         case Instruction::kFenceMbarrierInit:
         case Instruction::kMbarrierArrive:
         case Instruction::kMbarrierArriveExpectTx:
-        case Instruction::kMbarrierTryWait:
         case Instruction::kMbarrierWait:
         case Instruction::kFenceProxyAsync:
-        case Instruction::kBulkCommit:
-        case Instruction::kBulkWait:
-        case Instruction::kBulkWaitRead:
         case Instruction::kCopyAsyncCommit:
         case Instruction::kCopyAsyncWait:
         case Instruction::kWgmmaFence:
@@ -156,32 +143,6 @@ void store_global(void* address, const void* value, uint32_t bytes, Site where) 
     memcpy(address, value, bytes);
 }
 
-uint32_t atomic_shared(Atomic operation, uint32_t address, uint32_t value, Site where) {
-    Cta& cta = Cta::current();
-    uint32_t site;
-    cta.enter(Instruction::kAtomicShared, where, site);
-    cta.check_shared(address, 4, 4, site);
-    cta.maybe_yield(Cta::self());
-    cta.write_shared(Cta::self(), address, 4, site, kAtomic);
-    uint32_t old;
-    memcpy(&old, cta.shared(address), 4);
-    const uint32_t result = operation == Atomic::kAdd ? old + value : old | value;
-    memcpy(cta.shared(address), &result, 4);
-    return old;
-}
-
-uint32_t atomic_global(Atomic operation, uint32_t* address, uint32_t value, Site where) {
-    Cta& cta = Cta::current();
-    uint32_t site;
-    cta.enter(Instruction::kAtomicGlobal, where, site);
-    touch_global(cta, address, 4, Touching::kAdd, site);
-    cta.maybe_yield(Cta::self());
-    cta.launch.wait_for_earlier_ctas();
-    const uint32_t old = *address;
-    *address = operation == Atomic::kAdd ? old + value : old | value;
-    return old;
-}
-
 // ---- within a warp ----
 
 uint32_t shuffle(Shuffle kind, uint32_t value, uint32_t argument, Site where) {
@@ -198,8 +159,6 @@ uint32_t shuffle(Shuffle kind, uint32_t value, uint32_t argument, Site where) {
             switch (kind) {
                 case Shuffle::kIndex: source = by % 32; break;
                 case Shuffle::kXor: source = lane ^ by; break;
-                case Shuffle::kUp: source = lane - by; break;
-                case Shuffle::kDown: source = lane + by; break;
             }
             lanes[lane]->result = lanes[source < 32 ? source : lane]->value;
         }
@@ -207,7 +166,7 @@ uint32_t shuffle(Shuffle kind, uint32_t value, uint32_t argument, Site where) {
     return mine.result;
 }
 
-uint32_t vote(Vote kind, bool predicate, Site where) {
+uint32_t vote(bool predicate, Site where) {
     struct Lane {
         bool predicate;
         uint32_t ballot;
@@ -221,11 +180,7 @@ uint32_t vote(Vote kind, bool predicate, Site where) {
             ballot |= uint32_t{lanes[lane]->predicate} << lane;
         for (uint32_t lane = 0; lane < 32; ++lane) lanes[lane]->ballot = ballot;
     });
-    switch (kind) {
-        case Vote::kAny: return mine.ballot != 0;
-        case Vote::kAll: return mine.ballot == ~0u;
-        default: return mine.ballot;
-    }
+    return mine.ballot;
 }
 
 uint32_t reduce(Reduce kind, uint32_t value, Site where) {
@@ -240,7 +195,6 @@ uint32_t reduce(Reduce kind, uint32_t value, Site where) {
                 case Reduce::kAdd: result += x; break;
                 case Reduce::kMax: result = std::max(result, x); break;
                 case Reduce::kMin: result = std::min(result, x); break;
-                case Reduce::kOr: result |= x; break;
             }
         }
         for (uint32_t lane = 0; lane < 32; ++lane) *lanes[lane] = result;
@@ -366,11 +320,24 @@ using emulation::Thread;
 
 uint32_t thread_index() { return Cta::self().index; }
 uint32_t cta_index() { return Cta::current().index; }
-uint32_t num_ctas() { return Cta::current().launch.shape.ctas; }
 uint32_t num_threads() { return Cta::current().num_threads; }
 uint32_t lane_index() { return Cta::self().lane; }
 uint32_t warp_index() { return Cta::self().warp; }
 uint32_t shared_base() { return Cta::kSharedBase; }
+
+uint32_t atomic_or_shared(uint32_t address, uint32_t value, Site where) {
+    Cta& cta = Cta::current();
+    uint32_t site;
+    cta.enter(Instruction::kAtomicOrShared, where, site);
+    cta.check_shared(address, 4, 4, site);
+    cta.maybe_yield(Cta::self());
+    cta.write_shared(Cta::self(), address, 4, site, emulation::kAtomic);
+    uint32_t old;
+    memcpy(&old, cta.shared(address), 4);
+    const uint32_t result = old | value;
+    memcpy(cta.shared(address), &result, 4);
+    return old;
+}
 
 void reduce_add_global(float* address, float value, Site where) {
     emulation::check_not_in_flight(value, where);
@@ -386,21 +353,13 @@ void reduce_add_global(float* address, float value, Site where) {
 void sync_cta(Site where) {
     Cta& cta = Cta::current();
     uint32_t site;
-    if (!cta.enter(Instruction::kSyncCta, where, site)) cta.barrier(0, cta.num_threads, true, site);
+    if (!cta.enter(Instruction::kSyncCta, where, site)) cta.barrier(0, cta.num_threads, site);
 }
 
 void barrier_sync(uint32_t id, uint32_t threads, Site where) {
     Cta& cta = Cta::current();
     uint32_t site;
-    if (!cta.enter(Instruction::kBarrierSync, where, site)) cta.barrier(id, threads, true, site);
-}
-
-void barrier_arrive(uint32_t id, uint32_t threads, Site where) {
-    Cta& cta = Cta::current();
-    uint32_t site;
-    if (cta.enter(Instruction::kBarrierArrive, where, site)) return;
-    cta.barrier(id, threads, false, site);
-    cta.maybe_yield(Cta::self());
+    if (!cta.enter(Instruction::kBarrierSync, where, site)) cta.barrier(id, threads, site);
 }
 
 void sync_warp(Site where) {
@@ -459,22 +418,6 @@ void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes, Site where) {
     cta.mbarrier_arrive(cta.mbarrier(mbarrier, site), 1, bytes, site);
 }
 
-bool mbarrier_try_wait(uint32_t mbarrier, uint32_t parity, Site where) {
-    Cta& cta = Cta::current();
-    Thread& thread = Cta::self();
-    uint32_t site;
-    if (cta.enter(Instruction::kMbarrierTryWait, where, site)) return true;
-    cta.maybe_yield(thread);
-    Mbarrier& barrier = cta.mbarrier(mbarrier, site);
-    if (cta.mbarrier_test(barrier, parity, site)) return true;
-    barrier.waiting.push_back(&thread);
-    thread.state = emulation::State::kPolling;
-    cta.block(thread, site, {nullptr, mbarrier, parity});
-    auto& waiting = barrier.waiting;
-    waiting.erase(std::remove(waiting.begin(), waiting.end(), &thread), waiting.end());
-    return cta.mbarrier_test(barrier, parity, site);
-}
-
 void mbarrier_wait(uint32_t mbarrier, uint32_t parity, Site where) {
     Cta& cta = Cta::current();
     Thread& thread = Cta::self();
@@ -493,27 +436,5 @@ void fence_proxy_async(Site where) {
     uint32_t site;
     if (!cta.enter(Instruction::kFenceProxyAsync, where, site)) cta.fence(Cta::self());
 }
-
-void stmatrix_x4(uint32_t row_address, const uint32_t (&registers)[4], Site where) {
-    struct Lane {
-        uint32_t address;
-        const uint32_t* registers;
-    } mine{row_address, registers};
-    Cta& cta = Cta::current();
-    Thread& thread = Cta::self();
-    uint32_t site;
-    cta.enter(Instruction::kStmatrix, where, site);
-    cta.check_shared(row_address, 16, 16, site);
-    cta.collective(thread, site, mine, [&](Lane* const* lanes) {
-        for (uint32_t lane = 0; lane < 32; ++lane)
-            for (uint32_t i = 0; i < 4; ++i) {
-                const uint32_t address = lanes[8 * i + lane / 4]->address + 4 * (lane % 4);
-                cta.write_shared(cta.threads[thread.warp * 32 + lane], address, 4, site);
-                memcpy(cta.shared(address), &lanes[lane]->registers[i], 4);
-            }
-    });
-}
-
-void nanosleep(uint32_t) { Cta::current().yield(Cta::self()); }
 
 }  // namespace nabla::ptx

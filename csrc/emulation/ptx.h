@@ -44,27 +44,22 @@ constexpr Type type_of() {
     return kIsBFloat16 ? Type::kBFloat16 : Type::kFloat16;
 }
 
-enum class Shuffle : uint8_t { kIndex, kXor, kUp, kDown };
-enum class Vote : uint8_t { kBallot, kAny, kAll };
-enum class Reduce : uint8_t { kAdd, kMax, kMin, kOr };
-enum class Atomic : uint8_t { kAdd, kOr };
+enum class Shuffle : uint8_t { kIndex, kXor };
+enum class Reduce : uint8_t { kAdd, kMax, kMin };
 
 // What does not depend on types, of the instructions below.
 void load_shared(void* value, uint32_t address, uint32_t bytes, Site site);
 void store_shared(uint32_t address, const void* value, uint32_t bytes, Site site);
 void load_global(void* value, const void* address, uint32_t bytes, Site site);
 void store_global(void* address, const void* value, uint32_t bytes, Site site);
-uint32_t atomic_shared(Atomic operation, uint32_t address, uint32_t value, Site site);
-uint32_t atomic_global(Atomic operation, uint32_t* address, uint32_t value, Site site);
 uint32_t shuffle(Shuffle kind, uint32_t value, uint32_t argument, Site site);
-uint32_t vote(Vote kind, bool predicate, Site site);
+uint32_t vote(bool predicate, Site site);
 uint32_t reduce(Reduce kind, uint32_t value, Site site);
-void bulk_wait(uint32_t pending, bool read, Site site);
 void copy_async_wait(uint32_t pending, Site site);
 void wgmma_wait(uint32_t pending, Site site);
 // One of `a` and `a_descriptor` is used: `a` where it is not null.
 void wgmma(Type type, int n, float* d, const uint32_t* a, uint64_t a_descriptor,
-           uint64_t b_descriptor, bool accumulate, bool transpose_a, bool transpose_b, Site site);
+           uint64_t b_descriptor, bool accumulate, bool transpose_b, Site site);
 void ldmatrix_x4(uint32_t* registers, uint32_t row_address, bool transpose, Site site);
 void mma_m16n8k16(Type type, float* d, const uint32_t* a, const uint32_t* b, Site site);
 void set_max_registers(int registers, bool up, Site site);
@@ -123,7 +118,6 @@ constexpr bool is_access() {
 
 uint32_t thread_index();
 uint32_t cta_index();
-uint32_t num_ctas();
 uint32_t num_threads();
 uint32_t lane_index();
 uint32_t warp_index();
@@ -159,23 +153,11 @@ void store_global(T* address, const std::common_type_t<T>& value, Site site = Si
     emulation::store_global(address, &value, sizeof(T), site);
 }
 
-inline uint32_t atomic_add_global(uint32_t* address, uint32_t value, Site site = Site::here()) {
-    return emulation::atomic_global(emulation::Atomic::kAdd, address, value, site);
-}
-inline uint32_t atomic_or_global(uint32_t* address, uint32_t value, Site site = Site::here()) {
-    return emulation::atomic_global(emulation::Atomic::kOr, address, value, site);
-}
-inline uint32_t atomic_add_shared(uint32_t address, uint32_t value, Site site = Site::here()) {
-    return emulation::atomic_shared(emulation::Atomic::kAdd, address, value, site);
-}
-inline uint32_t atomic_or_shared(uint32_t address, uint32_t value, Site site = Site::here()) {
-    return emulation::atomic_shared(emulation::Atomic::kOr, address, value, site);
-}
+uint32_t atomic_or_shared(uint32_t address, uint32_t value, Site site = Site::here());
 void reduce_add_global(float* address, float value, Site site = Site::here());
 
 void sync_cta(Site site = Site::here());
 void barrier_sync(uint32_t id, uint32_t threads, Site site = Site::here());
-void barrier_arrive(uint32_t id, uint32_t threads, Site site = Site::here());
 void sync_warp(Site site = Site::here());
 
 template <class T>
@@ -188,25 +170,12 @@ T shuffle_xor(T value, uint32_t mask, Site site = Site::here()) {
     return bit_cast<T>(
         emulation::shuffle(emulation::Shuffle::kXor, bit_cast<uint32_t>(value), mask, site));
 }
-template <class T>
-T shuffle_up(T value, uint32_t delta, Site site = Site::here()) {
-    return bit_cast<T>(
-        emulation::shuffle(emulation::Shuffle::kUp, bit_cast<uint32_t>(value), delta, site));
-}
-template <class T>
-T shuffle_down(T value, uint32_t delta, Site site = Site::here()) {
-    return bit_cast<T>(
-        emulation::shuffle(emulation::Shuffle::kDown, bit_cast<uint32_t>(value), delta, site));
-}
 
 inline uint32_t ballot(bool predicate, Site site = Site::here()) {
-    return emulation::vote(emulation::Vote::kBallot, predicate, site);
+    return emulation::vote(predicate, site);
 }
 inline bool any(bool predicate, Site site = Site::here()) {
-    return emulation::vote(emulation::Vote::kAny, predicate, site) != 0;
-}
-inline bool all(bool predicate, Site site = Site::here()) {
-    return emulation::vote(emulation::Vote::kAll, predicate, site) != 0;
+    return emulation::vote(predicate, site) != 0;
 }
 
 inline uint32_t reduce_add(uint32_t value, Site site = Site::here()) {
@@ -218,9 +187,6 @@ inline uint32_t reduce_max(uint32_t value, Site site = Site::here()) {
 inline uint32_t reduce_min(uint32_t value, Site site = Site::here()) {
     return emulation::reduce(emulation::Reduce::kMin, value, site);
 }
-inline uint32_t reduce_or(uint32_t value, Site site = Site::here()) {
-    return emulation::reduce(emulation::Reduce::kOr, value, site);
-}
 
 bool elect_one(Site site = Site::here());
 
@@ -228,26 +194,13 @@ void mbarrier_init(uint32_t mbarrier, uint32_t count, Site site = Site::here());
 void fence_mbarrier_init(Site site = Site::here());
 void mbarrier_arrive(uint32_t mbarrier, uint32_t count = 1, Site site = Site::here());
 void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes, Site site = Site::here());
-bool mbarrier_try_wait(uint32_t mbarrier, uint32_t parity, Site site = Site::here());
 void mbarrier_wait(uint32_t mbarrier, uint32_t parity, Site site = Site::here());
 
 void copy_tensor_4d(uint32_t destination, const TensorMap* map, uint32_t mbarrier, int32_t c0,
                     int32_t c1, int32_t c2, int32_t c3, Site site = Site::here());
-inline void prefetch_tensor_map(const TensorMap*) {}
 void copy_bulk(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier,
                Site site = Site::here());
 void fence_proxy_async(Site site = Site::here());
-void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes,
-                         Site site = Site::here());
-void bulk_commit(Site site = Site::here());
-template <int kPending>
-void bulk_wait(Site site = Site::here()) {
-    emulation::bulk_wait(kPending, false, site);
-}
-template <int kPending>
-void bulk_wait_read(Site site = Site::here()) {
-    emulation::bulk_wait(kPending, true, site);
-}
 
 void copy_async_16(uint32_t destination, const void* source, uint32_t valid_bytes = 16,
                    Site site = Site::here());
@@ -271,14 +224,13 @@ template <class T, int kN, bool kTransposeB>
 void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
               Site site = Site::here()) {
     static_assert(kN == 64 || kN == 128, "products of 64 or 128 columns are written out here");
-    emulation::wgmma(emulation::type_of<T>(), kN, d, a, 0, b, accumulate, false, kTransposeB, site);
+    emulation::wgmma(emulation::type_of<T>(), kN, d, a, 0, b, accumulate, kTransposeB, site);
 }
-template <class T, int kN, bool kTransposeA, bool kTransposeB>
+template <class T, int kN>
 void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate,
               Site site = Site::here()) {
     static_assert(kN == 64 || kN == 128, "products of 64 or 128 columns are written out here");
-    emulation::wgmma(emulation::type_of<T>(), kN, d, nullptr, a, b, accumulate, kTransposeA,
-                     kTransposeB, site);
+    emulation::wgmma(emulation::type_of<T>(), kN, d, nullptr, a, b, accumulate, false, site);
 }
 
 template <int kRegisters>
@@ -297,7 +249,6 @@ inline void ldmatrix_x4_trans(uint32_t (&registers)[4], uint32_t row_address,
                               Site site = Site::here()) {
     emulation::ldmatrix_x4(registers, row_address, true, site);
 }
-void stmatrix_x4(uint32_t row_address, const uint32_t (&registers)[4], Site site = Site::here());
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   Site site = Site::here()) {
@@ -322,25 +273,11 @@ F32x2 unpack(uint32_t x) {
     return {emulation::from_bits(emulation::type_of<T>(), static_cast<uint16_t>(x)),
             emulation::from_bits(emulation::type_of<T>(), static_cast<uint16_t>(x >> 16))};
 }
-template <class T>
-float to_float(T x) {
-    return emulation::from_bits(emulation::type_of<T>(), x.bits);
-}
-template <class T>
-T from_float(float x, Site site = Site::here()) {
-    emulation::check_not_in_flight(x, site);
-    return {emulation::to_bits(emulation::type_of<T>(), x)};
-}
 
 inline uint32_t popcount(uint32_t x) { return static_cast<uint32_t>(__builtin_popcount(x)); }
 inline uint32_t trailing_zeros(uint32_t x) {
     return x ? static_cast<uint32_t>(__builtin_ctz(x)) : 32;
 }
-inline uint32_t leading_zeros(uint32_t x) {
-    return x ? static_cast<uint32_t>(__builtin_clz(x)) : 32;
-}
-
-void nanosleep(uint32_t nanoseconds);
 
 // What a CTA of the emulated device has at most.
 inline uint32_t max_shared_bytes() { return emulation::max_shared_bytes(); }

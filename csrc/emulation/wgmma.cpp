@@ -109,14 +109,13 @@ void report_in_flight(Site where) {
 }
 
 void wgmma(Type type, int n, float* d, const uint32_t* a, uint64_t a_descriptor,
-           uint64_t b_descriptor, bool accumulate, bool transpose_a, bool transpose_b, Site where) {
+           uint64_t b_descriptor, bool accumulate, bool transpose_b, Site where) {
     Cta& cta = Cta::current();
     Wgmma op;
     cta.enter(Instruction::kWgmma, where, op.site);
     op.type = type;
     op.n = n;
     op.accumulate = accumulate;
-    op.transpose_a = transpose_a;
     op.transpose_b = transpose_b;
     op.a_in_registers = a != nullptr;
     op.a_descriptor = a_descriptor;
@@ -231,7 +230,7 @@ void Cta::check_operands(uint32_t warp, Wgmma& op) {
         });
     };
     // Nothing says which rows of a are read for which warp: all are.
-    if (!op.a_in_registers) check("a", op.a_descriptor, op.transpose_a, 4 * kRows);
+    if (!op.a_in_registers) check("a", op.a_descriptor, false, 4 * kRows);
     check("b", op.b_descriptor, op.transpose_b, op.n);
 }
 
@@ -249,13 +248,12 @@ void read_operands(Cta& cta, uint32_t warp, const Wgmma& op, float* a, float* b)
             }
     } else {
         const int first = kRows * static_cast<int>(warp % 4);
-        Matrix(op.a_descriptor, op.transpose_a)
+        Matrix(op.a_descriptor, false)
             .for_each_chunk(first, kRows, [&](int row, int k, uint32_t address) {
                 uint16_t chunk[8];
                 memcpy(chunk, cta.shared(address), 16);
                 float* at = a + (row - first) * kK + k;
-                const int step = op.transpose_a ? kK : 1;
-                for (int e = 0; e < 8; ++e) at[e * step] = from_bits(kType, chunk[e]);
+                for (int e = 0; e < 8; ++e) at[e] = from_bits(kType, chunk[e]);
             });
     }
     Matrix(op.b_descriptor, op.transpose_b)

@@ -43,8 +43,7 @@ struct Config {
     // memory, which has the rest.
     static constexpr int kRegisterChunks = kD == 64 ? 0 : 4;
     static constexpr int kQueryBytes = kPanels * kPanelBytes - kRegisterChunks * kBlock * 32;
-    static constexpr int kSharedBytes =
-        kConsumers * kQueryBytes + Rings::kBytes + Queues::kBytes;
+    static constexpr int kSharedBytes = kConsumers * kQueryBytes + Rings::kBytes + Queues::kBytes;
     static_assert(kSharedBytes <= 232448, "a CTA has 227 KiB of shared memory");
 };
 
@@ -81,7 +80,6 @@ NABLA_DEVICE void produce_keys(const ForwardParams& params, const typename Confi
                                    group.batch);
         release_for_others<Config::kConsumers>(rings.k_empty(at), kept.members, kWarps);
     }
-    ptx::mbarrier_wait(rings.k_empty(at), at.parity() ^ 1);  // so has the entry that is overwritten
     writer.put_end();
 }
 
@@ -201,9 +199,9 @@ class Consumer {
                                             c > 0);
         NABLA_UNROLL
         for (int c = kRegisterChunks; c < kD / 16; ++c)
-            ptx::wgmma_ss<T, kBlock, false, false>(
-                scores, ptx::moved(queries, channel_chunk(c - kRegisterChunks)),
-                ptx::moved(keys, channel_chunk(c)), c > 0);
+            ptx::wgmma_ss<T, kBlock>(scores,
+                                     ptx::moved(queries, channel_chunk(c - kRegisterChunks)),
+                                     ptx::moved(keys, channel_chunk(c)), c > 0);
         ptx::wgmma_commit();
     }
 

@@ -56,8 +56,7 @@ struct Config {
     using Queues = sm90::Queues<kConsumers, kStages>;
 
     static constexpr int kOwnBytes = 2 * kTileBytes;  // of a consumer
-    static constexpr int kSharedBytes =
-        kConsumers * kOwnBytes + Ring::kBytes + Queues::kBytes;
+    static constexpr int kSharedBytes = kConsumers * kOwnBytes + Ring::kBytes + Queues::kBytes;
     static_assert(kSharedBytes <= 232448, "a CTA has 227 KiB of shared memory");
 };
 
@@ -100,11 +99,10 @@ struct Group {
 
 // ---- the producer's warpgroup ----
 
-// Calls visit(at, kept, query head) for the blocks of the CTA's walk, in the order of the stages;
-// returns the stage behind them.
+// Calls visit(at, kept, query head) for the blocks of the CTA's walk, in the order of the stages.
 template <class Config, class Visit>
-NABLA_DEVICE Position walk_blocks(const AttentionBackwardParams& p,
-                                  const Group<Config>& group, Visit visit) {
+NABLA_DEVICE void walk_blocks(const AttentionBackwardParams& p, const Group<Config>& group,
+                              Visit visit) {
     const AttentionParams& f = p.forward;
     const auto blocks = Group<Config>::walked(f);
     const int32_t words = (blocks.count() + 31) / 32;
@@ -123,7 +121,6 @@ NABLA_DEVICE Position walk_blocks(const AttentionBackwardParams& p,
         UnionWalk<Config::kConsumers> walk(blocks, rows);
         for (KeptBlock kept; walk.next(kept); at.advance<Config::kStages>()) visit(at, kept, h);
     }
-    return at;
 }
 
 // Fills the ring with the blocks of the walk, and tells each consumer of its own.
@@ -154,8 +151,7 @@ NABLA_DEVICE void produce(const BackwardParams& params, const typename Config::R
                            Config::kRowBytes, barrier);
         release_for_others<Config::kConsumers>(ring.empty(at), kept.members, kWarps);
     };
-    const Position end = walk_blocks<Config>(p, group, fill);
-    ptx::mbarrier_wait(ring.empty(end), end.parity() ^ 1);  // so has the entry that is overwritten
+    walk_blocks<Config>(p, group, fill);
     writer.put_end();
 }
 
@@ -240,8 +236,8 @@ class Consumer {
         ptx::wgmma_fence();  // what the product was before is read
         NABLA_UNROLL
         for (int c = 0; c < kD / 16; ++c)
-            ptx::wgmma_ss<T, kBlock, false, false>(product, ptx::moved(a, channel_chunk(c)),
-                                                   ptx::moved(b, channel_chunk(c)), c > 0);
+            ptx::wgmma_ss<T, kBlock>(product, ptx::moved(a, channel_chunk(c)),
+                                     ptx::moved(b, channel_chunk(c)), c > 0);
         ptx::wgmma_commit();
     }
 
@@ -391,11 +387,10 @@ class Consumer {
     const float scale_log2_;
     int size_;  // tokens of the block
 
-
-    ptx::F32x2 rows_[2];                      // lse and delta of a query block
+    ptx::F32x2 rows_[2];                            // lse and delta of a query block
     uint32_t factors_[1 + kByKey][kBlock / 16][4];  // dS^T and P^T, or dS
-    float first_[kD / 2] = {};                // dk or dq, without the scale
-    float second_[kByKey ? kD / 2 : 1] = {};  // dv
+    float first_[kD / 2] = {};                      // dk or dq, without the scale
+    float second_[kByKey ? kD / 2 : 1] = {};        // dv
 };
 
 // ---- kernel ----

@@ -59,9 +59,9 @@ class Entry {
     uint32_t bits_;
 };
 
-// A queue for each consumer, beside a ring of kStages slots. There is a slot more than in the ring,
-// for a gap or the end: so the entry in it has been read when the stage that an entry tells of is
-// free.
+// A queue for each consumer, beside a ring of kStages slots, with a slot more. So an entry, and the
+// end, takes the place of one of a stage that is free by then, which has been read; or that of a
+// gap, which consumers read before they release the stage of the block before it.
 template <int kConsumers, int kStages>
 class Queues {
   public:
@@ -123,7 +123,7 @@ class QueueWriter {
 
     const Queues queues_;
     const int lane_;
-    Position at_;           // in the queue
+    Position at_;          // in the queue
     int since_ = kStages;  // stages since the last block; so many if there was none
 };
 

@@ -51,10 +51,10 @@ inline void define_probes(pybind11::module_ m) {
     using unlocked = py::call_guard<py::gil_scoped_release>;
     m.def(
         "wgmma",
-        [](int type, int n, bool a_in_registers, bool transpose_a, bool transpose_b,
-           bool accumulate, uintptr_t a, uintptr_t image, uint32_t image_bytes,
+        [](int type, int n, bool a_in_registers, bool transpose_b, bool accumulate, uintptr_t a,
+           uintptr_t image, uint32_t image_bytes,
            std::array<uint32_t, 3> a_matrix, std::array<uint32_t, 3> b_matrix, uintptr_t d) {
-            wgmma({type, n, a_in_registers, transpose_a, transpose_b, accumulate,
+            wgmma({type, n, a_in_registers, transpose_b, accumulate,
                    pointer<const uint32_t>(a), pointer<const uint8_t>(image), image_bytes,
                    a_matrix[0], a_matrix[1], a_matrix[2], b_matrix[0], b_matrix[1], b_matrix[2],
                    pointer<float>(d)});
@@ -85,7 +85,7 @@ inline void define_probes(pybind11::module_ m) {
         [](int fault, int steps, const MapFields& b_map, uintptr_t a, uintptr_t b, uintptr_t out,
            uintptr_t counter, int ctas) {
             pipeline({fault, steps, tensor_map(b_map), pointer<const uint16_t>(a),
-                      pointer<const uint16_t>(b), pointer<float>(out), pointer<uint32_t>(counter),
+                      pointer<const uint16_t>(b), pointer<float>(out), pointer<float>(counter),
                       ctas});
         },
         unlocked());

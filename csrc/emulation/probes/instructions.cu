@@ -16,7 +16,7 @@ NABLA_DEVICE void store_image(uint8_t* image, uint32_t shared, uint32_t bytes) {
                           ptx::load_shared<ptx::U32x4>(shared + i));
 }
 
-template <class T, int kN, bool kA, bool kTransposeA, bool kTransposeB>
+template <class T, int kN, bool kA, bool kTransposeB>
 NABLA_KERNEL(128, 1)
 wgmma_kernel(const NABLA_GRID_CONSTANT WgmmaParams p) {
     const uint32_t shared = ptx::shared_base();
@@ -36,7 +36,7 @@ wgmma_kernel(const NABLA_GRID_CONSTANT WgmmaParams p) {
         const auto a_in_shared =
             ptx::matrix_descriptor(shared + p.a_address, p.a_leading, p.a_stride);
         ptx::wgmma_fence();
-        ptx::wgmma_ss<T, kN, kTransposeA, kTransposeB>(d, a_in_shared, b, p.accumulate);
+        ptx::wgmma_ss<T, kN>(d, a_in_shared, b, p.accumulate);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
@@ -48,14 +48,10 @@ template <class T, int kN>
 void launch_wgmma(const WgmmaParams& p) {
     const ptx::LaunchShape shape{"wgmma", 1, 128, p.image_bytes, nullptr};
     if (p.a_in_registers) {
-        if (p.transpose_b) ptx::launch(wgmma_kernel<T, kN, true, false, true>, shape, p);
-        else ptx::launch(wgmma_kernel<T, kN, true, false, false>, shape, p);
-    } else if (p.transpose_a) {
-        if (p.transpose_b) ptx::launch(wgmma_kernel<T, kN, false, true, true>, shape, p);
-        else ptx::launch(wgmma_kernel<T, kN, false, true, false>, shape, p);
+        if (p.transpose_b) ptx::launch(wgmma_kernel<T, kN, true, true>, shape, p);
+        else ptx::launch(wgmma_kernel<T, kN, true, false>, shape, p);
     } else {
-        if (p.transpose_b) ptx::launch(wgmma_kernel<T, kN, false, false, true>, shape, p);
-        else ptx::launch(wgmma_kernel<T, kN, false, false, false>, shape, p);
+        ptx::launch(wgmma_kernel<T, kN, false, false>, shape, p);
     }
 }
 
@@ -64,7 +60,6 @@ NABLA_KERNEL(32, 1) copy_kernel(const NABLA_GRID_CONSTANT CopyParams p) {
     const uint32_t mbarrier = shared + (p.bytes + 7) / 8 * 8;
     const bool elected = ptx::elect_one();
     if (elected) {
-        ptx::prefetch_tensor_map(&p.map);
         ptx::mbarrier_init(mbarrier, 1);
         ptx::fence_mbarrier_init();
         ptx::mbarrier_arrive_expect_tx(mbarrier, p.bytes);
@@ -91,73 +86,57 @@ warp_kernel(const NABLA_GRID_CONSTANT WarpParams p) {
     switch (p.instruction) {
         case 0: out[0] = ptx::shuffle(in[0], in[1]); break;
         case 1: out[0] = ptx::shuffle_xor(in[0], p.argument); break;
-        case 2: out[0] = ptx::shuffle_up(in[0], p.argument); break;
-        case 3: out[0] = ptx::shuffle_down(in[0], p.argument); break;
-        case 4:
+        case 2:
             out[0] = ptx::ballot(in[0] != 0);
             out[1] = ptx::any(in[0] != 0);
-            out[2] = ptx::all(in[0] != 0);
             break;
-        case 5:
+        case 3:
             out[0] = ptx::reduce_add(in[0]);
             out[1] = ptx::reduce_max(in[0]);
             out[2] = ptx::reduce_min(in[0]);
-            out[3] = ptx::reduce_or(in[0]);
             break;
-        case 6: {
+        case 4: {
             out[0] = ptx::pack<T>(ptx::bit_cast<float>(in[0]), ptx::bit_cast<float>(in[1]));
             const ptx::F32x2 pair = ptx::unpack<T>(in[2]);
             out[1] = ptx::bit_cast<uint32_t>(pair.v[0]);
             out[2] = ptx::bit_cast<uint32_t>(pair.v[1]);
             break;
         }
-        case 7:
+        case 5:
             ptx::ldmatrix_x4(registers, shared + in[4]);
             for (int i = 0; i < 4; ++i) out[i] = registers[i];
             break;
-        case 8:
+        case 6:
             ptx::ldmatrix_x4_trans(registers, shared + in[4]);
             for (int i = 0; i < 4; ++i) out[i] = registers[i];
             break;
-        case 9: ptx::stmatrix_x4(shared + in[4], registers); break;
-        case 10: {
+        case 7: {
             const uint32_t b[2] = {in[4], in[5]};
             float d[4] = {0.0f, 1.0f, 2.0f, 3.0f};
             ptx::mma_m16n8k16<T>(d, registers, b);
             for (int i = 0; i < 4; ++i) out[i] = ptx::bit_cast<uint32_t>(d[i]);
             break;
         }
-        case 11:  // 16 bytes of the image, of which in[5] are valid, to where in[4] says
+        case 8:  // 16 bytes of the image, of which in[5] are valid, to where in[4] says
             ptx::copy_async_16(shared + in[4], p.image + 16 * lane, in[5]);
             ptx::copy_async_commit();
             ptx::copy_async_wait<0>();
             break;
-        case 12:  // outputs += image
-            ptx::fence_proxy_async();
-            ptx::sync_warp();
-            if (ptx::elect_one()) {
-                ptx::bulk_reduce_add_f32(reinterpret_cast<float*>(p.outputs), shared, 1024);
-                ptx::bulk_commit();
-                ptx::bulk_wait<0>();
-            }
-            break;
-        case 13: out[0] = ptx::elect_one(); break;
-        case 14: {
+        case 9: out[0] = ptx::elect_one(); break;
+        case 10: {
             const auto x = ptx::bit_cast<float>(in[0]);
             out[0] = ptx::bit_cast<uint32_t>(ptx::exp2(x));
             out[1] = ptx::bit_cast<uint32_t>(ptx::log2(x));
             out[2] = ptx::bit_cast<uint32_t>(ptx::reciprocal(x));
             break;
         }
-        case 15:
+        case 11:
             out[0] = ptx::popcount(in[0]);
             out[1] = ptx::trailing_zeros(in[0]);
-            out[2] = ptx::leading_zeros(in[0]);
             break;
     }
     ptx::sync_cta();
-    if (p.instruction != 12)
-        for (uint32_t i = 0; i < 8; ++i) ptx::store_global(p.outputs + 8 * lane + i, out[i]);
+    for (uint32_t i = 0; i < 8; ++i) ptx::store_global(p.outputs + 8 * lane + i, out[i]);
     store_image(p.image_out, shared, p.image_bytes);
 }
 

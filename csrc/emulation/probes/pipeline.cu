@@ -52,9 +52,6 @@ enum class Fault : int32_t {
     kThreadCopyNoBarrier,
     kThreadCopyInFlight,
     kMatrixNoBarrier,
-    kReduceNoFence,
-    kReduceOverwritten,
-    kReduceInFlight,
     kMixedWarps,
     kEndlessLoop,
     kCount,
@@ -105,9 +102,6 @@ const char* const kFaultNames[] = {
     "copy_async without barrier",
     "copy_async in flight at exit",
     "ldmatrix without barrier",
-    "bulk reduction without fence",
-    "source of a bulk reduction overwritten",
-    "bulk reduction in flight at exit",
     "warps of a warpgroup at different wgmma",
     "endless loop",
 };
@@ -123,10 +117,10 @@ constexpr uint32_t kConsumers = 128;
 // Shared memory, from its start.
 constexpr uint32_t kA = 0;
 constexpr uint32_t kB = kTileBytes;
-constexpr uint32_t kSums = kB + kStages * kTileBytes;  // [128] float
-constexpr uint32_t kCopies = kSums + 512;              // [128] of 16 bytes
-constexpr uint32_t kFull = kCopies + 2048;             // mbarriers: b_i is here
-constexpr uint32_t kEmpty = kFull + 8 * kStages;       // mbarriers: b_i has been read
+constexpr uint32_t kValues = kB + kStages * kTileBytes;  // [128] float
+constexpr uint32_t kCopies = kValues + 512;              // [128] of 16 bytes
+constexpr uint32_t kFull = kCopies + 2048;               // mbarriers: b_i is here
+constexpr uint32_t kEmpty = kFull + 8 * kStages;         // mbarriers: b_i has been read
 constexpr uint32_t kSharedBytes = kEmpty + 8 * kStages;
 
 // Byte of element (row, column) of a tile with the 128-byte swizzle.
@@ -160,7 +154,7 @@ NABLA_DEVICE void produce(const PipelineParams& p, uint32_t shared, Fault fault)
     }
 }
 
-// The sums of the rows of a, with the instructions of sm_80 where a fault is one of theirs.
+// Instructions of sm_80, atomics, and faults that have nothing to do with the pipeline.
 NABLA_DEVICE void other_faults(const PipelineParams& p, uint32_t shared, Fault fault) {
     const uint32_t thread = ptx::thread_index();
     const uint32_t warp = ptx::warp_index();
@@ -188,39 +182,24 @@ NABLA_DEVICE void other_faults(const PipelineParams& p, uint32_t shared, Fault f
         uint32_t registers[4];
         ptx::ldmatrix_x4(registers, copies + 16 * thread);
     }
-    if (any_of(Fault::kNone, Fault::kReduceNoFence, Fault::kReduceOverwritten,
-               Fault::kReduceInFlight)) {
-        ptx::store_shared(shared + kSums + 4 * thread, 0.0f);
-        if (fault != Fault::kReduceNoFence) ptx::fence_proxy_async();
-        ptx::barrier_sync(1, kConsumers);
-        if (warp == 0 && ptx::elect_one()) {
-            ptx::bulk_reduce_add_f32(p.out + ptx::cta_index() * kTile * kTile, shared + kSums, 512);
-            ptx::bulk_commit();
-            if (!any_of(Fault::kReduceOverwritten, Fault::kReduceInFlight))
-                ptx::bulk_wait_read<0>();
-        }
-        if (fault == Fault::kReduceInFlight) return;
-        ptx::barrier_sync(1, kConsumers);
-        ptx::store_shared(shared + kSums + 4 * thread, 1.0f);
-    }
     if (any_of(Fault::kSharedRace, Fault::kNoBarrier)) {
-        ptx::store_shared(shared + kSums + 4 * (fault == Fault::kSharedRace ? 0 : thread),
+        ptx::store_shared(shared + kValues + 4 * (fault == Fault::kSharedRace ? 0 : thread),
                           static_cast<float>(thread));
         if (fault != Fault::kNoBarrier) ptx::barrier_sync(1, kConsumers);
-        (void)ptx::load_shared<float>(shared + kSums + 4 * ((thread + 32) % kConsumers));
+        (void)ptx::load_shared<float>(shared + kValues + 4 * ((thread + 32) % kConsumers));
     }
     if (fault == Fault::kReadPastShared) (void)ptx::load_shared<float>(shared + kSharedBytes);
     if (fault == Fault::kEndlessLoop)
-        while (ptx::load_shared<uint32_t>(shared + kSums + 4 * thread) != 1) {
+        while (ptx::load_shared<uint32_t>(shared + kValues + 4 * thread) != 1) {
         }
-    if (fault == Fault::kMisalignedStore) ptx::store_shared(shared + kSums + 2, 1.0f);
+    if (fault == Fault::kMisalignedStore) ptx::store_shared(shared + kValues + 2, 1.0f);
     if (fault == Fault::kReadPastGlobal)
         (void)ptx::load_global(p.b + p.steps * static_cast<int32_t>(kTile * kTile));
     if (fault == Fault::kWritePastGlobal)
         ptx::store_global(p.out + static_cast<uint32_t>(p.ctas) * kTile * kTile, 1.0f);
     if (fault == Fault::kWriteReadOnly) ptx::store_global(const_cast<uint16_t*>(p.a), uint16_t{1});
-    if (fault == Fault::kGlobalRace && thread == 0) ptx::store_global(p.counter, ptx::cta_index());
-    if (fault == Fault::kNone && thread == 0) ptx::atomic_add_global(p.counter, 1);
+    if (fault == Fault::kGlobalRace && thread == 0) ptx::store_global(p.counter, 1.0f);
+    if (fault == Fault::kNone && thread == 0) ptx::reduce_add_global(p.counter, 1.0f);
     if (fault == Fault::kDivergedLanes) {
         if (ptx::lane_index() < 16) (void)ptx::ballot(true);
         else ptx::sync_warp();
@@ -279,8 +258,8 @@ NABLA_DEVICE void consume(const PipelineParams& p, uint32_t shared, Fault fault)
             if (k < 2) {
                 const uint64_t left = ptx::matrix_descriptor(shared + kA + 32 * k, 16, 1024);
                 if (fault == Fault::kMixedWarps && warp == 2)
-                    ptx::wgmma_ss<ptx::BFloat16, 64, false, false>(d, left, b, true);
-                else ptx::wgmma_ss<ptx::BFloat16, 64, false, false>(d, left, b, true);
+                    ptx::wgmma_ss<ptx::BFloat16, 64>(d, left, b, true);
+                else ptx::wgmma_ss<ptx::BFloat16, 64>(d, left, b, true);
             } else {
                 ptx::wgmma_rs<ptx::BFloat16, 64, false>(d, a[k - 2], b, true);
             }

@@ -12,7 +12,7 @@ namespace nabla::emulation::probes {
 struct WgmmaParams {
     int32_t type;  // 0 bf16, 1 fp16
     int32_t n;
-    bool a_in_registers, transpose_a, transpose_b, accumulate;
+    bool a_in_registers, transpose_b, accumulate;  // transpose_b: with a in registers
     const uint32_t* a;                        // [128, 4]; null where a is in shared memory
     const uint8_t* image;                     // [image_bytes]
     uint32_t image_bytes;                     // a multiple of 16
@@ -55,7 +55,7 @@ struct PipelineParams {
     const uint16_t* a;     // [64, 64] bf16
     const uint16_t* b;     // the same as b_map
     float* out;            // [ctas, 64, 64]: a times the sum of the tiles, transposed
-    uint32_t* counter;     // [1]
+    float* counter;        // [1]; every CTA adds 1
     int32_t ctas;
 };
 int faults();
