@@ -172,6 +172,9 @@ def _ms(row: Row) -> str:
 
 
 def _ratio(slower: Row, faster: Row) -> float:
+    """Of ratios within rounds, where both have them: steadier than that of the medians."""
+    if slower.relative and faster.relative and slower.reference == faster.reference:
+        return slower.relative.median / faster.relative.median
     return _seconds(slower) / _seconds(faster)
 
 

@@ -332,7 +332,7 @@ def simulate(
     return (ends[-1] - ends[half - 1]) / (len(ends) - half) * len(warps)
 
 
-APART = (0.0, 60.0, 150.0, 300.0)  # cycles between the starts of warps, that are tried
+APART = (0.0, 25.0, 75.0, 125.0, 225.0, 325.0)  # cycles between the starts of warps, that are tried
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
 A run may measure a part of a preset (`nabla bench PRESET --only ...`). Of a case that several runs
 have measured, the last one counts; what one run has left out and another measured is measured. The
 head is that of the last run, and names date, commit and machine of each; a row says which it is of.
-Rows of our attention get what is predicted of the kernels that are compiled here.
+What failed or was wrong replaces a time that was measured before. Rows of our attention get what is
+predicted of the kernels that are compiled here, unless they hold a prediction.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _latest(rows: Sequence[Row]) -> list[Row]:
     found: dict[tuple, Row] = {}
     for row in rows:
         before = found.get(row.key)
-        if before is None or _has_result(row) or not _has_result(before):
+        if before is None or not _is_left_out(row) or _is_left_out(before):
             found[row.key] = row
     measured = [row for row in found.values() if _has_result(row)]
     peers = {row.implementation for row in measured}
@@ -62,7 +63,7 @@ def _latest(rows: Sequence[Row]) -> list[Row]:
     return [
         row
         for row in found.values()
-        if _has_result(row)
+        if not _is_left_out(row)
         # What stands for a whole step, or for all of a peer, and was measured after all.
         or not (row.stage == "peer" and row.implementation in peers)
         and not (row.tokens == 0 and (row.stage, row.workload) in steps)
@@ -71,6 +72,11 @@ def _latest(rows: Sequence[Row]) -> list[Row]:
 
 def _has_result(row: Row) -> bool:
     return row.status in ("measured", "extrapolated")
+
+
+def _is_left_out(row: Row) -> bool:
+    """Whether nothing was tried; what failed or was wrong is a result, and replaces a time."""
+    return row.status in ("skipped", "absent")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

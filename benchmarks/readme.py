@@ -111,7 +111,7 @@ def rendered(text: str, runs: dict[str, Run]) -> str:
     """The README with its tables as the results are.
 
     Raises:
-        ValueError: If it asks for a table that there is not.
+        ValueError: If it asks for a table that there is not, or one has no end.
     """
     tables = {name: partial(make, runs) for name, make in TABLES.items()}
     for name, make in gpu_tables.TABLES.items():
@@ -128,9 +128,11 @@ def _filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
         name = match[1]
         if name not in tables:
             raise ValueError(f"a page asks for results {name!r}: there are {', '.join(tables)}")
+        if "<!-- results:" in match[2]:
+            raise ValueError(f"the table of results {name!r} has no end: <!-- end --> ends it")
         return f"<!-- results: {name} -->\n{tables[name]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end -->", render, text, flags=re.DOTALL)
+    return re.sub(r"<!-- results: (\w+) -->\n(.*?)<!-- end -->", render, text, flags=re.DOTALL)
 
 
 def page(runs: dict[str, Run]) -> str:

@@ -63,7 +63,7 @@ ROWS = [
     Row("l2", "tiles", "bulk copies", bytes=5e12, seconds=Seconds(1.0, 1.0, 1.0)),
     *attention_rows("block_attention", 1.0, 0.2, 0.032),
     *of_training(),
-    timed("block_mask", "sorting", 0.05),
+    timed("block_mask", "sorting", 0.05, 0.05),
     timed("block_mask", OURS, 0.002, 0.05, values={}),
     timed("block", "dense", 0.3, 0.3, mask="dense", part="block", density=1.0),
     timed(
@@ -92,6 +92,8 @@ def test_of_each_case_the_run_that_measured_it_last_counts():
     assert "at aaaaaaaaaaaa and bbbbbbbbbbbb, 2026-01-02 and 2026-01-03" in describe(both.about)
     unmeasured = merge.merged([second, first])
     assert {row.status for row in unmeasured.rows} == {"measured", "failed"}
+    wrong = replace(slower, status="wrong", seconds=None, relative=None, reason="0.5 off")
+    assert merge.merged([both, run([wrong])]).rows[2].status == "wrong"  # its time counts no more
     third = merge.merged([both, run([replace(slower, asked=0.2)])])
     assert third.rows[-1].run == 2 and len(third.about["runs"]) == 3
     assert third.rows[2].run == 1
@@ -152,6 +154,8 @@ def test_tables_of_a_gpu():
     rate = 0.1 * PRO.flops / 0.032 / 1e12
     line = f"| {PRO.name} | 0.1 | 200 sdpa-cudnn | 32.0 | {rate:.0f} | 6.2x (0.62) | 3.0x | 1.5x |"
     assert line in forward and "over flex | over vsa-tk |" in forward
+    slower = replace(ROWS[4], relative=Ratio(0.4, 0.4, 0.4))  # within its rounds; ours has 0.16
+    assert "| 3.0x | 2.5x |" in gpu_tables.attention([run([*ROWS[:4], slower])])
     assert "NVIDIA G100, driver 1.2" in forward and "aaaaaaaaaaaa, 2026-01-02." in forward
     assert "| 160 |" in (training := gpu_tables.training(runs))
     assert "deterministic (E)" in training and "| 5.0x (0.50) | 5.0x (0.50) | 3.0x |" in training

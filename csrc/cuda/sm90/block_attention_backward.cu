@@ -11,7 +11,7 @@
 //   kQueries  owns q and dout, walks the rows of the mask with k and v: dq
 //
 // Products are computed twice where one pass would compute them once, but nothing is added in
-// global memory: that costs more (L2 takes some 2 TB/s of fp32 sums), and would be added in another
+// global memory: that costs more (L2 takes 1.5 to 2 TB/s of fp32 sums), and would be added in another
 // order each time. A pass over keys takes the query heads of a key head one after the other, so
 // that dk and dv are sums of one order, too. It computes P^T and dS^T, rows of which are keys: they
 // stay in registers.
