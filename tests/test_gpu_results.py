@@ -183,6 +183,9 @@ def test_the_page_of_a_gpu_keeps_what_is_written_by_hand():
     fewer = readme.gpu_page(by_hand, [run(ROWS[:1])])
     assert "Clocks differ." in fewer and f"| {PRO.name} |" not in fewer
     assert set(gpu_tables.TABLES) == set(readme.HEADINGS)
+    endless = text.replace("<!-- end -->", "", 1)
+    with pytest.raises(ValueError, match="table of results 'machine' has no end"):
+        readme.gpu_page(endless, runs)
 
 
 def test_the_readme_shows_every_gpu():
